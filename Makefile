@@ -1,0 +1,47 @@
+# make demo: install and run the main job on the embedded default.  make test: install and run the tests.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+TEXT ?=
+
+.PHONY: demo test test-all lint bench browser clean
+
+demo: .venv/installed-user
+	$(BIN)/gramian compare --name demo --overwrite
+
+test: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
+
+lint: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: .venv/installed-bench
+	$(BIN)/python benchmarks/observation_overhead.py
+	$(BIN)/python benchmarks/block_speed.py
+
+# The report's browser test runs when Chromium is there (Debian: as root).
+browser:
+	apt-get install -y chromium
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed-user: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e .
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e ".[all,dev]"
+	touch $@ .venv/installed-user
+
+.venv/installed-bench: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e ".[all,dev,bench]"
+	touch $@ .venv/installed-dev .venv/installed-user
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache
