@@ -1,0 +1,1 @@
+"""Finite networks: plain torch modules, each usable alone."""

@@ -1,0 +1,206 @@
+"""Transformer blocks as short compositions of parts, registered by the names of the field."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gramian.errors import InputError
+from gramian.nn.activations import ACTIVATIONS, Activation
+from gramian.nn.attention import Attention, ShapedMixing, SoftmaxMixing
+from gramian.nn.init import Reparametrised
+from gramian.nn.norms import NORMS, Norm, identity
+from gramian.nn.residual import Residual, Sum, down_weighted_gain, trainable
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a block is told about its surroundings and composed of.
+
+    `layer` counts from 0 to `depth` − 1; `mlp_width` is the hidden width of the MLP.
+    """
+
+    width: int
+    heads: int
+    depth: int
+    layer: int
+    mlp_width: int
+    causal: bool = True
+    norm: Norm = NORMS["rmsnorm"]
+    activation: Activation = ACTIVATIONS["relu"]
+
+
+Block = Callable[[Parts], nn.Module]
+
+
+class MLP(nn.Module):
+    """Two linear maps around an elementwise non-linearity, without biases.
+
+        MLP(x) = φ(x W_up) W_down
+
+    Shapes: (…, width) -> (…, width).
+    Raises: InputError unless both widths are positive.
+    Holds: exactly.
+    """
+
+    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
+        super().__init__()
+        if width < 1 or hidden < 1:
+            raise InputError(f"an MLP needs positive widths, got {width} and {hidden}")
+        self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        self.activation = activation()
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """Apply both maps."""
+        return self.down(self.activation(self.up(x)))
+
+
+def _mlp(parts: Parts) -> MLP:
+    return MLP(parts.width, parts.mlp_width, parts.activation)
+
+
+def _softmax_attention(parts: Parts, query_key_norm: Norm = identity) -> Attention:
+    mixing = SoftmaxMixing(parts.causal)
+    return Attention(parts.width, parts.heads, mixing, query_key_norm=query_key_norm)
+
+
+def _simplified_attention(parts: Parts) -> Attention:
+    """Shaped attention on the normed input itself; only the first layer keeps a value matrix."""
+    value = Reparametrised(parts.width) if parts.layer == 0 else nn.Identity()
+    mixing = ShapedMixing(parts.heads, parts.causal)
+    return Attention(parts.width, parts.heads, mixing, value=value, projection=nn.Identity())
+
+
+def _mlp_gain(parts: Parts) -> nn.Parameter:
+    """β_FF of the simplified blocks: 0.1 at 18 layers."""
+    return trainable(down_weighted_gain(parts.depth, 0.1))
+
+
+def pre_norm(parts: Parts) -> nn.Module:
+    """Pre-norm block: X' = X + MHA(N₁X), out = X' + MLP(N₂X').
+
+    Source: Xiong et al. 2020, arXiv 2002.04745.
+    """
+    return nn.Sequential(
+        Residual(nn.Sequential(parts.norm(parts.width), _softmax_attention(parts))),
+        Residual(nn.Sequential(parts.norm(parts.width), _mlp(parts))),
+    )
+
+
+def post_norm(parts: Parts) -> nn.Module:
+    """Post-norm block: X' = N₁(X + MHA(X)), out = N₂(X' + MLP(X')).
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762.
+    """
+    return nn.Sequential(
+        Residual(_softmax_attention(parts)),
+        parts.norm(parts.width),
+        Residual(_mlp(parts)),
+        parts.norm(parts.width),
+    )
+
+
+def parallel(parts: Parts) -> nn.Module:
+    """Parallel block: out = X + MHA(N X) + MLP(N X).
+
+    Source: Wang & Komatsuzaki 2021 (GPT-J); He & Hofmann 2024, arXiv 2311.01906.
+    """
+    branches = Sum(_softmax_attention(parts), _mlp(parts))
+    return Residual(nn.Sequential(parts.norm(parts.width), branches))
+
+
+def value_skipinit(parts: Parts) -> nn.Module:
+    """Value-SkipInit block: no attention skip, A ← αI + βA with α = 1, β = 0 at the start.
+
+        X' = b_SA MHA(N₁X),   out = a_FF X' + b_FF MLP(N₂X')
+
+    Source: He et al. 2023, arXiv 2302.10322.
+    """
+    mixing = ShapedMixing(parts.heads, parts.causal, beta=0.0, centre=False)
+    return _skipless_attention(parts, Attention(parts.width, parts.heads, mixing))
+
+
+def sas(parts: Parts) -> nn.Module:
+    """Simplified Attention Sub-block: shaped attention without values, projection or skip.
+
+        X' = b_SA MHA(N₁X),   out = a_FF X' + b_FF MLP(N₂X')
+
+    Source: He & Hofmann 2024, arXiv 2311.01906, section 4.
+    """
+    return _skipless_attention(parts, _simplified_attention(parts))
+
+
+def _skipless_attention(parts: Parts, attention: Attention) -> nn.Module:
+    """Return an attention sub-block with no skip, then an MLP sub-block with one, all gains trainable."""
+    mlp = nn.Sequential(parts.norm(parts.width), _mlp(parts))
+    return nn.Sequential(
+        Residual(nn.Sequential(parts.norm(parts.width), attention), skip=0.0, gain=trainable(1.0)),
+        Residual(mlp, skip=trainable(1.0), gain=_mlp_gain(parts)),
+    )
+
+
+def sas_p(parts: Parts) -> nn.Module:
+    """Parallel simplified block: one norm and no skip at all.
+
+        out = b_SA MHA(N X) + b_FF MLP(N X)
+
+    Source: He & Hofmann 2024, arXiv 2311.01906, section 4.
+    """
+    branches = Sum(
+        Residual(_simplified_attention(parts), skip=0.0, gain=trainable(1.0)),
+        Residual(_mlp(parts), skip=0.0, gain=_mlp_gain(parts)),
+    )
+    return nn.Sequential(parts.norm(parts.width), branches)
+
+
+def sas_p_no_norm(parts: Parts) -> nn.Module:
+    """SAS-P without norms, but for a LayerNorm at the input of the first block.
+
+    Source: He & Hofmann 2024, arXiv 2311.01906, section 4.
+    """
+    return sas_p(replace(parts, norm=NORMS["layernorm"] if parts.layer == 0 else identity))
+
+
+def outlier_protected(parts: Parts) -> nn.Module:
+    """Outlier Protected block: no pre-norms, down-weighted branches, normed queries and keys.
+
+        X' = X + β MHA(X),   out = X' + β MLP(X'),   β = 0.2 at 18 layers, O(1/√L)
+
+    The entropy of attention is held by RMSNorm on each head's q and k. The first layer's attention reads
+    a LayerNorm of the embeddings.
+
+    Source: He et al. 2024, arXiv 2405.19279, section 4.
+    """
+    gain = down_weighted_gain(parts.depth, 0.2)
+    attention = _softmax_attention(parts, query_key_norm=NORMS["rmsnorm"])
+    first = NORMS["layernorm"](parts.width) if parts.layer == 0 else nn.Identity()
+    return nn.Sequential(
+        Residual(nn.Sequential(first, attention), gain=gain),
+        Residual(_mlp(parts), gain=gain),
+    )
+
+
+BLOCKS: dict[str, Block] = {
+    function.__name__: function
+    for function in (
+        pre_norm,
+        post_norm,
+        parallel,
+        value_skipinit,
+        sas,
+        sas_p,
+        sas_p_no_norm,
+        outlier_protected,
+    )
+}
+
+
+def block(name: str) -> Block:
+    """Return the block registered under `name`.
+
+    Raises: InputError when the name is unknown.
+    """
+    if name not in BLOCKS:
+        raise InputError(f"unknown block {name!r}; choose one of {', '.join(BLOCKS)}")
+    return BLOCKS[name]

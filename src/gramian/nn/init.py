@@ -1,0 +1,77 @@
+"""Initial weights from one explicit seed, and linear maps that are re-parametrised around their start."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gramian.errors import InputError
+from gramian.nn.residual import Gain, trainable
+
+
+class Reparametrised(nn.Module):
+    """A square linear map that starts at a fixed matrix and learns the difference to it.
+
+        y = α x W₀ᵀ + β x ΔWᵀ,   ΔW = 0 at the start
+
+    W₀ is the identity (never stored, no product), a random orthogonal or a Gaussian matrix (variance
+    1/width); a random one is a buffer of the state dict. β² multiplies the learning rate of W under SGD,
+    β under Adam.
+
+    Shapes: (…, width) -> (…, width).
+    Raises: InputError when `base` is unknown.
+    Holds: exactly.
+    Source: He & Hofmann 2024, arXiv 2311.01906, section 4.2.
+    """
+
+    def __init__(
+        self, width: int, base: str = "identity", alpha: Gain | None = None, beta: Gain | None = None
+    ):
+        super().__init__()
+        if base not in ("identity", "orthogonal", "gaussian"):
+            raise InputError(f"unknown base matrix {base!r}; choose identity, orthogonal or gaussian")
+        self.alpha: Gain = trainable(1.0) if alpha is None else alpha
+        self.beta: Gain = trainable(1.0) if beta is None else beta
+        self.delta = nn.Linear(width, width, bias=False)
+        self.base: Tensor | None
+        self.register_buffer("base", None if base == "identity" else torch.empty(width, width))
+        self._orthogonal = base == "orthogonal"
+
+    def initialise_(self, generator: torch.Generator) -> None:
+        """Draw W₀ and set ΔW = 0."""
+        nn.init.zeros_(self.delta.weight)
+        if self.base is not None and self._orthogonal:
+            nn.init.orthogonal_(self.base, generator=generator)
+        elif self.base is not None:
+            nn.init.normal_(self.base, std=self.base.shape[0] ** -0.5, generator=generator)
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """Apply αW₀ + βΔW."""
+        start = x if self.base is None else nn.functional.linear(x, self.base)
+        return self.alpha * start + self.beta * self.delta(x)
+
+
+def initialise_(model: nn.Module, seed: int, std: float = 0.02) -> nn.Module:
+    """Fill a model's weights in place, as a function of the seed alone.
+
+    Linear and embedding weights are N(0, std²) and biases 0; then every module with a method `initialise_`
+    (a query that starts at zero, a re-parametrised map) sets what differs.
+
+    Raises: InputError when std is negative.
+    Holds: equal seeds give equal weights on the same device type.
+    Source: He & Hofmann 2024, arXiv 2311.01906, appendix (N(0, 0.02²), W_Q = 0).
+    """
+    if std < 0:
+        raise InputError(f"the standard deviation of initial weights cannot be negative, got {std:g}")
+    parameter = next(model.parameters(), None)
+    device = "cpu" if parameter is None else parameter.device
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std, generator=generator)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    for module in model.modules():
+        special = getattr(module, "initialise_", None)
+        if callable(special):
+            special(generator)
+    return model

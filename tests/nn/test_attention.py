@@ -1,0 +1,148 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gramian.errors import InputError
+from gramian.nn.attention import Attention, ShapedMixing, SoftCapMixing, SoftmaxMixing, uniform_mean
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def explicit_shaped(mixing: ShapedMixing, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Slow oracle: the T×T matrix αI + βA − γC, written out row by row."""
+    tokens = q.shape[-2]
+    logits = torch.einsum("bhid,bhjd->bhij", q, k) / q.shape[-1] ** 0.5
+    matrix = torch.zeros_like(logits)
+    for i in range(tokens):
+        seen = i + 1 if mixing.causal else tokens
+        exp = (logits[..., i, :seen] - logits[..., i, :seen].amax(-1, keepdim=True)).exp()
+        matrix[..., i, :seen] += mixing.beta[:, None] * exp / exp.sum(-1, keepdim=True)
+        if mixing.gamma is not None:
+            matrix[..., i, :seen] -= mixing.gamma[:, None] / seen
+        matrix[..., i, i] += mixing.alpha
+    return matrix @ v
+
+
+def random_shaped(causal: bool, centre: bool, dtype: torch.dtype) -> ShapedMixing:
+    mixing = ShapedMixing(3, causal, centre=centre).to(dtype)
+    for index, parameter in enumerate(mixing.parameters()):
+        parameter.data = normal(3, seed=40 + index, dtype=dtype)
+    return mixing
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_shaped_mixing_equals_the_explicit_matrix(causal, centre, dtype, tolerance) -> None:
+    mixing = random_shaped(causal, centre, dtype)
+    q, k, v = (normal(2, 3, 37, 8, seed=s, dtype=dtype).requires_grad_() for s in range(3))
+    fused, explicit = mixing(q, k, v), explicit_shaped(mixing, q, k, v)
+    scale = explicit.abs().max().item()
+    torch.testing.assert_close(fused, explicit, rtol=0, atol=tolerance * scale)
+    cotangent = normal(2, 3, 37, 8, seed=9, dtype=dtype)
+    inputs = [q, k, v, *mixing.parameters()]
+    ours = torch.autograd.grad((fused * cotangent).sum(), inputs)
+    theirs = torch.autograd.grad((explicit * cotangent).sum(), inputs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=10 * tolerance * other.abs().max().item())
+
+
+def test_shaped_mixing_gradients_by_finite_differences() -> None:
+    mixing = random_shaped(True, True, torch.float64)
+    inputs = [normal(1, 3, 5, 4, seed=s).requires_grad_() for s in range(3)]
+    assert torch.autograd.gradcheck(lambda q, k, v: mixing(q, k, v), inputs)
+
+
+class ShapeLog(TorchDispatchMode):
+    """Notes the number of elements of every tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.largest = max(self.largest, leaf.numel())
+        return out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_shaped_mixing_allocates_no_square_of_tokens(causal) -> None:
+    tokens, mixing = 512, ShapedMixing(1, causal)
+    q, k, v = (normal(1, 1, tokens, 8, seed=s, dtype=torch.float32).requires_grad_() for s in range(3))
+    with ShapeLog() as fused:
+        mixing(q, k, v).sum().backward()
+    assert fused.largest < tokens**2
+    with ShapeLog() as explicit:  # control: the log does see a T×T matrix
+        SoftCapMixing(30.0, causal)(q, k, v).sum().backward()
+    assert explicit.largest >= tokens**2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_shaped_attention_is_the_identity_at_zero_queries(causal) -> None:
+    mixing = ShapedMixing(3, causal).double()
+    q, k, v = torch.zeros(2, 3, 20, 8, dtype=torch.float64), normal(2, 3, 20, 8), normal(2, 3, 20, 8, seed=1)
+    torch.testing.assert_close(mixing(q, k, v), v, rtol=0, atol=1e-12)
+    mixing.gamma.data.zero_()  # control: without centring it is not
+    assert (mixing(q, k, v) - v).abs().max() > 0.1
+
+
+def test_uniform_mean_keeps_its_sums_in_float32() -> None:
+    v = normal(1, 4096, 16, dtype=torch.float32) + 1
+    exact = uniform_mean(v.to(torch.bfloat16).double(), causal=True)
+    got = uniform_mean(v.to(torch.bfloat16), causal=True)
+    assert got.dtype == torch.bfloat16
+    rounding = 2.0**-8
+    assert ((got.double() - exact).abs() <= rounding * exact.abs() + 1e-6).all()
+    running = torch.zeros(16, dtype=torch.bfloat16)  # control: sums in bfloat16 lose the mean
+    for row in v[0].to(torch.bfloat16):
+        running = running + row
+    assert (running.double() / 4096 - exact[0, -1]).abs().max() > 10 * rounding
+
+
+def test_softmax_mixing_is_causal_and_weights_are_what_it_mixes_with() -> None:
+    q, k, v = (normal(2, 3, 11, 4, seed=s) for s in range(3))
+    for mixing in (SoftmaxMixing(), SoftCapMixing(2.0), SoftmaxMixing(causal=False)):
+        weights = mixing.weights(q, k)
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+        torch.testing.assert_close(mixing(q, k, v), weights @ v, rtol=1e-12, atol=1e-12)
+        assert (weights.triu(1) == 0).all() == mixing.causal
+
+
+def test_a_soft_cap_bounds_the_logits() -> None:
+    q, k = normal(1, 1, 6, 4) * 50, normal(1, 1, 6, 4, seed=1) * 50
+    assert SoftCapMixing(3.0, causal=False).logits(q, k).abs().max() <= 3.0
+    assert SoftmaxMixing(causal=False).logits(q, k).abs().max() > 3.0
+    torch.testing.assert_close(SoftCapMixing(1e8).weights(q, k), SoftmaxMixing().weights(q, k))
+
+
+def test_attention_is_permutation_equivariant_only_without_a_mask() -> None:
+    x, order = normal(1, 9, 12), torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    for causal in (True, False):
+        attention = Attention(12, 3, ShapedMixing(3, causal)).double()
+        equivariant = torch.allclose(attention(x[:, order]), attention(x)[:, order], atol=1e-10)
+        assert equivariant is not causal
+
+
+def test_values_in_float32_meet_queries_in_bfloat16() -> None:
+    """Under autocast the normed input of a value-free block stays in float32."""
+    q, k, v = (normal(1, 2, 6, 4, seed=s, dtype=torch.float32) for s in range(3))
+    for mixing in (SoftmaxMixing(), ShapedMixing(2)):
+        low = mixing(q.bfloat16(), k.bfloat16(), v)
+        assert low.dtype == torch.bfloat16
+        torch.testing.assert_close(low.float(), mixing(q, k, v), rtol=0.05, atol=0.05)
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(InputError, match="width 10 and heads 3"):
+        Attention(10, 3, SoftmaxMixing())
+    with pytest.raises(InputError, match="at least one head"):
+        ShapedMixing(0)
+    with pytest.raises(InputError, match="cap"):
+        SoftCapMixing(0.0)
+    assert isinstance(Attention(12, 3, SoftmaxMixing(), value=nn.Identity()).value, nn.Identity)
