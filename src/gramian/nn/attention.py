@@ -140,7 +140,8 @@ class ShapedMixing(SoftmaxMixing):
 class Attention(nn.Module):
     """Multi-head self-attention composed of a mixing and the maps around it.
 
-        q_h = N_Q(x W_Q + b_Q)_h,  k_h = N_K(x W_K + b_K)_h,  v = V(x),   y = P(concat_h mixing(q_h, k_h, v_h))
+        q_h = N_Q(x W_Q + b_Q)_h,   k_h = N_K(x W_K + b_K)_h,   v = V(x)
+        y = P(concat_h mixing(q_h, k_h, v_h))
 
     N_Q and N_K act on each head's d_k features. `value` and `projection` are modules width -> width; the
     identity makes the simplified blocks. Queries start at zero where the mixing is centred, so that it starts

@@ -204,3 +204,25 @@ def block(name: str) -> Block:
     if name not in BLOCKS:
         raise InputError(f"unknown block {name!r}; choose one of {', '.join(BLOCKS)}")
     return BLOCKS[name]
+
+
+def gains(block: nn.Module) -> dict[str, float]:
+    """Return a block's trainable gains by name, averaged over heads.
+
+    "identity", "softmax" and "centring" are the α, β and γ of shaped attention, "attention gain", "mlp gain"
+    and "mlp skip" those of the sub-blocks, "value identity" and "value update" those of a re-parametrised
+    value matrix.
+
+    Holds: exactly; empty for a block without trainable gains.
+    """
+    found: dict[str, float | nn.Parameter | None] = {}
+    for module in block.modules():
+        if isinstance(module, ShapedMixing):
+            found |= {"identity": module.alpha, "softmax": module.beta, "centring": module.gamma}
+        elif isinstance(module, Reparametrised):
+            found |= {"value identity": module.alpha, "value update": module.beta}
+        elif isinstance(module, Residual):
+            attends = any(isinstance(part, Attention) for part in module.branch.modules())
+            kind = "attention" if attends else "mlp"
+            found |= {f"{kind} gain": module.gain, f"{kind} skip": module.skip}
+    return {name: value.mean().item() for name, value in found.items() if isinstance(value, nn.Parameter)}

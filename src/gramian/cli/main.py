@@ -1,0 +1,49 @@
+"""`gramian`: reads the arguments, runs one command, and says failures in one sentence."""
+
+import os
+import sys
+
+import tyro
+from rich.console import Console
+
+from gramian.cli.compare import compare
+from gramian.cli.list import list_names
+from gramian.cli.train import train
+from gramian.errors import GramianError, StoppedError
+
+COMMANDS = {"compare": compare, "train": train, "list": list_names}
+
+
+def main() -> None:
+    """Run the command that the arguments name.
+
+    Exit codes: 0 done; 1 failed, with one sentence on standard error; 2 arguments that do not parse;
+    130 stopped by a signal, with everything saved.
+    """
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="gramian",
+            description="Compare, train and observe deep networks through their Gram matrices.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+    except StoppedError as error:
+        errors.print(f"gramian: {error}", style="yellow", markup=False)
+        return 130
+    except GramianError as error:
+        errors.print(f"gramian: {error}", style="red", markup=False)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("gramian: interrupted", style="yellow")
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

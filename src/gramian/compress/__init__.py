@@ -1,0 +1,1 @@
+"""Smaller numbers: what a network loses when its linear layers compute in eight bits."""

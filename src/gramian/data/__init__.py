@@ -1,0 +1,1 @@
+"""Text as token streams: an embedded default, real files by path."""

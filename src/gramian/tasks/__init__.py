@@ -1,0 +1,1 @@
+"""Whole jobs on a user's data: a configuration in, a run folder out."""

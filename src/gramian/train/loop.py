@@ -1,0 +1,300 @@
+"""One training loop on Accelerate: it advances, reads, saves, stops and resumes."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from gramian.errors import DivergedError, InputError
+from gramian.observe.probe import Probe
+from gramian.train import checkpoint
+from gramian.train.optimisers import adamw
+from gramian.train.run import Run
+from gramian.train.schedule import multiplier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a model is trained."""
+
+    steps: int = 400
+    """Optimiser steps."""
+    batch: int = 8
+    """Sequences an optimiser step sees, over all devices."""
+    accumulation: int = 1
+    """Micro-batches that a step's sequences are split into, to save memory."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    schedule: str = "linear"
+    """How the learning rate falls after the warm-up: linear, cosine or constant."""
+    warmup: float = 0.05
+    """Fraction of the steps over which the learning rate rises."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; gains, norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    eps: float = 1e-8
+    """The term that AdamW adds to the root of the second moment."""
+    clip: float = 1.0
+    """Largest gradient norm; inf for no clipping."""
+    precision: str = "fp32"
+    """Arithmetic of the forward pass: fp32, or bf16 for autocast."""
+    compile: bool = False
+    """Compile the model with torch.compile (steps that are observed run uncompiled)."""
+    device: str = "auto"
+    """auto takes a GPU when there is one; cpu never does."""
+    seed: int = 0
+    """Seed of weights and batches."""
+    evaluate_every: int = 50
+    """Steps between two evaluations."""
+    observe_every: int = 50
+    """Steps between two observations of the insides."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints kept, newest first; 0 keeps all."""
+    log_every: int = 10
+    """Steps between two looks at the loss (each one waits for the device)."""
+    tensorboard: bool = False
+    """Also write TensorBoard files into the run folder."""
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch", "accumulation", "evaluate_every", "observe_every", "checkpoint_every")
+        for name in (*counts, "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch % self.accumulation:
+            raise InputError(f"batch {self.batch} is not divisible by accumulation {self.accumulation}")
+        if self.keep < 0:
+            raise InputError(f"keep cannot be negative, got {self.keep}")
+        if not self.clip > 0:
+            raise InputError(f"clip must be positive (inf for none), got {self.clip:g}")
+        if self.precision not in ("fp32", "bf16"):
+            raise InputError(f"unknown precision {self.precision!r}; choose fp32 or bf16")
+        if self.device not in ("auto", "cpu"):
+            raise InputError(f"unknown device {self.device!r}; choose auto or cpu")
+        multiplier(0, self.steps, self.warmup, self.schedule)
+
+
+class Trainer:
+    """A model on its way through a run.
+
+    Everything at a step is a function of the settings and the step alone (batch, learning rate, random
+    stream), and the rest is in the checkpoint; so a run that was stopped and resumed ends in the very same
+    weights.
+
+    Args:
+        model: what is trained.
+        loss: (model, batch) -> scalar mean loss of a batch.
+        batches: step -> batch, a pure function; the first axis is split over micro-batches and devices.
+        evaluate: model -> numbers, called in evaluation mode without gradients.
+        probe: what is read from the insides every `settings.observe_every` steps, or None.
+        settings: how to train.
+        run: where readings and checkpoints go.
+        tokens: what one step trains on, for the throughput.
+        resume: whether to go on from the newest checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Tensor], Tensor],
+        batches: Callable[[int], Tensor],
+        evaluate: Callable[[nn.Module], dict[str, float]],
+        probe: Probe | None,
+        settings: Training,
+        run: Run,
+        *,
+        tokens: int,
+        resume: bool = False,
+    ) -> None:
+        self.model, self.settings, self.run, self.probe = model, settings, run, probe
+        self._loss, self._batches, self._evaluate, self._tokens = loss, batches, evaluate, tokens
+        self._accelerator = Accelerator(
+            cpu=settings.device == "cpu",
+            mixed_precision="bf16" if settings.precision == "bf16" else "no",
+            log_with="tensorboard" if settings.tensorboard else None,
+            project_dir=run.folder,
+        )
+        optimiser = adamw(model, settings.learning_rate, settings.weight_decay, settings.betas, settings.eps)
+        self._forward, self._optimiser = self._accelerator.prepare(model, optimiser)
+        self._compiled: Any = torch.compile(self._forward) if settings.compile else self._forward
+        self._record = run.record
+        self.step, self.seconds = 0, 0.0
+        self.latest: dict[str, float] = {}
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._group_start, self._group_observed = 0.0, False
+        self._rates: list[float] = []
+        if settings.tensorboard:
+            self._accelerator.init_trackers("tensorboard")
+        if resume:
+            self._restore()
+        if self.step == 0:
+            self._record.truncate_after(-1)
+            self._write_evaluation()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.step >= self.settings.steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median training throughput over groups of steps without observation; the mean before the first."""
+        if self._rates:
+            return sorted(self._rates)[len(self._rates) // 2]
+        return self._tokens * self.step / self.seconds if self.seconds else 0.0
+
+    def advance(self, steps: int) -> None:
+        """Take up to `steps` optimiser steps, with the readings and checkpoints that fall due.
+
+        Raises: DivergedError at the first step whose loss or gradient is not finite; what was saved stays.
+        """
+        self.model.train()
+        self._group_start, self._group_observed = time.perf_counter(), False
+        for _ in range(min(steps, self.settings.steps - self.step)):
+            self._take_step()
+            due = {
+                name: self.step % every == 0 or self.finished
+                for name, every in (
+                    ("log", self.settings.log_every),
+                    ("evaluate", self.settings.evaluate_every),
+                    ("checkpoint", self.settings.checkpoint_every),
+                )
+            }
+            if any(due.values()):
+                self._flush()
+            if due["evaluate"]:
+                self._write_evaluation()
+            if due["checkpoint"]:
+                self.save()
+            self._group_start = time.perf_counter() if any(due.values()) else self._group_start
+        self._flush()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is nothing new."""
+        if self.step == 0 or not self._accelerator.is_main_process:
+            return
+        state = {"seconds": self.seconds, "rates": self._rates}
+        model = self._accelerator.unwrap_model(self._forward)
+        optimiser = self._optimiser.optimizer
+        checkpoint.save(self.run.checkpoints, self.step, model, optimiser, state, self.settings.keep)
+
+    def close(self) -> None:
+        """End the trackers."""
+        if self.settings.tensorboard:
+            self._accelerator.end_training()
+
+    def _restore(self) -> None:
+        saved = checkpoint.checkpoints(self.run.checkpoints)
+        if not saved:
+            return
+        model = self._accelerator.unwrap_model(self._forward)
+        state = checkpoint.load(saved[-1], model, self._optimiser.optimizer)
+        self.step, self.seconds, self._rates = saved[-1].step, state["seconds"], state["rates"]
+        self._record.truncate_after(self.step)
+        for row in self._record.read():
+            self.latest.update({key: value for key, value in row.items() if isinstance(value, float)})
+
+    def _take_step(self) -> None:
+        settings, accelerator = self.settings, self._accelerator
+        rate = settings.learning_rate * multiplier(
+            self.step, settings.steps, settings.warmup, settings.schedule
+        )
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        observed = self.probe is not None and self.probe.due(self.step)
+        forward = self._forward if observed else self._compiled
+        batch = self._batches(self.step)[accelerator.process_index :: accelerator.num_processes]
+        parts = batch.to(accelerator.device).chunk(settings.accumulation)
+        total = torch.zeros((), device=accelerator.device)
+        with self._random_stream(), self._sampling() as sample:
+            for index, part in enumerate(parts):
+                last = index == len(parts) - 1
+                with _nothing() if last else accelerator.no_sync(self._forward):
+                    loss = self._loss(forward, part) / len(parts)
+                    accelerator.backward(loss)
+                total += loss.detach()
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.clip)
+        assert norm is not None
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self._pending.append((total, norm.detach()))
+        if sample is not None:
+            self._group_observed = True
+            self._write({"kind": "observe", "step": self.step, "sites": sample.readings()})
+        self.step += 1
+
+    @contextmanager
+    def _random_stream(self) -> Iterator[None]:
+        """Seed what the model draws (dropout) by the seed and the step; torch's own stream is put back."""
+        device = self._accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
+            yield
+
+    def _sampling(self) -> Any:
+        return _nothing() if self.probe is None else self.probe.sample(self.step)
+
+    def _flush(self) -> None:
+        """Look at the steps since the last look: check that they are finite and write them down."""
+        if not self._pending:
+            return
+        losses, norms = (torch.stack(values).tolist() for values in zip(*self._pending, strict=True))
+        elapsed = time.perf_counter() - self._group_start
+        first = self.step - len(losses)
+        for index, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise self._diverged(first + index, "loss" if not math.isfinite(loss) else "gradient")
+        if not self._group_observed and len(losses) == self.settings.log_every:
+            self._rates.append(self._tokens * len(losses) / elapsed)
+        self.seconds += elapsed
+        for index, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            row = {"kind": "train", "step": first + index, "loss": loss, "gradient_norm": norm}
+            self._write({**row, "seconds": self.seconds - elapsed * (1 - (index + 1) / len(losses))})
+        self.latest["loss"] = losses[-1]
+        self._pending.clear()
+        self._group_start, self._group_observed = time.perf_counter(), False
+
+    def _diverged(self, step: int, what: str) -> DivergedError:
+        saved = checkpoint.checkpoints(self.run.checkpoints)
+        kept = f"the last good checkpoint is {saved[-1].folder}" if saved else "nothing was saved yet"
+        return DivergedError(
+            f"the {what} is not finite at step {step}; {kept} (try a lower learning rate or more warm-up)"
+        )
+
+    def _write_evaluation(self) -> None:
+        self.model.eval()
+        with torch.no_grad():
+            numbers = self._evaluate(self._forward)
+        self.model.train()
+        self.latest.update(numbers)
+        self._write({"kind": "evaluate", "step": self.step, "seconds": self.seconds, **numbers})
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if not self._accelerator.is_main_process:
+            return
+        self._record.append(row)
+        if self.settings.tensorboard:
+            scalars = {f"{row['kind']}/{key}": value for key, value in _scalars(row)}
+            self._accelerator.log(scalars, step=row["step"])
+
+
+def _scalars(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Flatten a row's numbers, nested keys joined by slashes."""
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, float):
+            yield prefix + key, value
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield None

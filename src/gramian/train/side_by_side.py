@@ -1,0 +1,46 @@
+"""Several trainers in turn, so that they share the machine's moods, with live progress and a clean stop."""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gramian.errors import StoppedError
+from gramian.train.loop import Trainer
+from gramian.train.signals import stop_requests
+
+
+def train_side_by_side(trainers: Mapping[str, Trainer], console: Console) -> None:
+    """Advance all trainers to their last step, a few steps of each in turn.
+
+    Throughputs measured this way can be compared on a machine whose speed wanders. On SIGINT (Ctrl-C) or
+    SIGTERM the step at hand is finished and every trainer saved.
+
+    Raises: StoppedError after a signal; DivergedError when a loss or gradient is not finite.
+    """
+    columns = (
+        TextColumn("{task.description:>20}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s  left"),
+        TimeRemainingColumn(),
+    )
+    with stop_requests() as requested, Progress(*columns, console=console, speed_estimate_period=300) as bar:
+        tasks = {
+            name: bar.add_task(name, total=trainer.settings.steps, completed=trainer.step, loss="…", rate="…")
+            for name, trainer in trainers.items()
+        }
+        while unfinished := {name: t for name, t in trainers.items() if not t.finished}:
+            for name, trainer in unfinished.items():
+                if signal := requested():
+                    for started in trainers.values():
+                        started.save()
+                    steps = ", ".join(f"{name} at step {t.step}" for name, t in trainers.items())
+                    raise StoppedError(f"stopped by {signal} and saved: {steps}; go on with --resume")
+                trainer.advance(1 if trainer.settings.steps < 2 else trainer.settings.log_every)
+                bar.update(
+                    tasks[name],
+                    completed=trainer.step,
+                    loss=f"{trainer.latest['loss']:.3f}",
+                    rate=f"{trainer.tokens_per_second:,.0f}",
+                )
