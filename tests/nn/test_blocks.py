@@ -101,7 +101,9 @@ def test_weights_are_a_function_of_the_seed_and_leave_global_randomness_alone() 
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
     assert not torch.equal(one.embedding.weight, other.embedding.weight)
-    assert one.blocks[0][1].branch[1].up.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert one.blocks[0][1].branch[1].up.weight.std().item() == pytest.approx(SMALL.std, rel=0.1)
+    assert replace(SMALL, width=768).std == pytest.approx(0.02)  # the published start
+    assert replace(SMALL, init_std=0.3).std == 0.3
 
 
 def test_reparametrised_maps_start_at_their_base() -> None:
@@ -127,7 +129,7 @@ def test_heads_positions_and_final_norm_are_what_they_say() -> None:
     assert not list(fixed.positions.parameters())
     assert "positions.weight" not in fixed.state_dict()
     rows = fixed.positions(torch.arange(16))
-    torch.testing.assert_close(rows.square().mean(-1).sqrt(), torch.full((16,), SMALL.init_std))
+    torch.testing.assert_close(rows.square().mean(-1).sqrt(), torch.full((16,), SMALL.std))
     assert sinusoids(4, 6)[0].tolist() == [0, 1, 0, 1, 0, 1]
     gap = (sinusoids(9, 6)[3] @ sinusoids(9, 6)[5]) - (sinusoids(9, 6)[6] @ sinusoids(9, 6)[8])
     assert abs(gap) < 1e-5  # products depend on the distance alone

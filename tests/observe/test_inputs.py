@@ -11,7 +11,8 @@ def test_readings():
     got = token_readings(Moments.of(x))
     expected = moment_readings(x.flatten(0, 1))
     assert got == pytest.approx({name: expected[name] for name in got}, rel=1e-9)
-    assert set(got) == {"token_correlation_mean", "token_correlation_rms", "participation_ratio"}
+    names = ("token_correlation_mean", "token_correlation_rms", "effective_rank", "participation_ratio")
+    assert tuple(got) == names
 
 
 def test_collapsed_tokens_read_1_and_others_do_not():

@@ -87,25 +87,26 @@ def test_damage_elsewhere_is_named(record: Record):
     with pytest.raises(InputError, match=r"readings\.jsonl, line 2, is damaged"):
         record.read()
     with pytest.raises(InputError, match="line 2"):
-        record.truncate_after(5)
+        record.keep_first(5)
 
 
-def test_truncation_drops_later_steps_and_keeps_the_rest(record: Record):
+def test_truncation_keeps_the_first_rows(record: Record):
     record.append({"step": 20})
-    record.append({"step": 10, "again": True})
-    record.truncate_after(10)
-    assert record.read() == [*ROWS, {"step": 10, "again": True}]
-    record.truncate_after(9)
-    assert record.read() == [ROWS[0], ROWS[2]]
+    record.keep_first(10)
+    assert record.read() == [*ROWS, {"step": 20}]
+    record.keep_first(2)
+    assert record.read() == ROWS[:2]
     record.append({"step": 11})
-    assert record.read() == [ROWS[0], ROWS[2], {"step": 11}]
+    assert record.read() == [*ROWS[:2], {"step": 11}]
+    record.keep_first(0)
+    assert record.read() == []
     assert [path.name for path in record.path.parent.iterdir()] == ["readings.jsonl"]
 
 
 def test_truncation_heals_a_torn_end(record: Record):
     with record.path.open("ab") as file:
         file.write(b'{"step": 1')
-    record.truncate_after(10)
+    record.keep_first(10)
     assert record.read() == ROWS
     record.append({"step": 20})
     assert record.read() == [*ROWS, {"step": 20}]

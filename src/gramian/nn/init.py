@@ -1,5 +1,7 @@
 """Initial weights from one explicit seed, and linear maps that are re-parametrised around their start."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -48,6 +50,17 @@ class Reparametrised(nn.Module):
         """Apply αW₀ + βΔW."""
         start = x if self.base is None else nn.functional.linear(x, self.base)
         return self.alpha * start + self.beta * self.delta(x)
+
+
+def fan_in_std(width: int) -> float:
+    """Return the standard deviation that keeps the published start, 0.02 at width 768, at another width.
+
+        σ(d) = 0.02 √(768 / d)
+
+    Holds: exactly; pre-activations then start equally large at every width.
+    Source: He & Hofmann 2024, arXiv 2311.01906, appendix (0.02 at width 768).
+    """
+    return 0.02 * math.sqrt(768 / width)
 
 
 def initialise_(model: nn.Module, seed: int, std: float = 0.02) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gramian.errors import InputError
 from gramian.nn.activations import activation
 from gramian.nn.blocks import Parts, block
-from gramian.nn.init import initialise_
+from gramian.nn.init import fan_in_std, initialise_
 from gramian.nn.norms import norm
 
 
@@ -33,7 +33,8 @@ class TransformerConfig:
     tied: bool = True
     """Whether the head uses the token embedding's matrix."""
     final_norm: bool = True
-    init_std: float = 0.02
+    init_std: float | None = None
+    """Standard deviation of initial weights; 0.02 · √(768/width) when not given."""
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "context", "width", "depth", "heads"):
@@ -47,6 +48,11 @@ class TransformerConfig:
             raise InputError(f"unknown positions {self.positions!r}; choose learned or sinusoidal")
         if self.positions == "sinusoidal" and self.width % 2:
             raise InputError(f"sinusoidal positions need an even width, got {self.width}")
+
+    @property
+    def std(self) -> float:
+        """The standard deviation of initial weights."""
+        return fan_in_std(self.width) if self.init_std is None else self.init_std
 
     def parts(self, layer: int) -> Parts:
         """Return what the block of one layer is composed of."""
@@ -104,7 +110,7 @@ class Transformer(nn.Module):
         if config.positions == "learned":
             self.positions = nn.Embedding(config.context, config.width)
         else:
-            self.positions = Positions(config.context, config.width, config.init_std)
+            self.positions = Positions(config.context, config.width, config.std)
         build = block(config.block)
         self.blocks = nn.ModuleList(build(config.parts(layer)) for layer in range(config.depth))
         self.norm = norm(config.norm)(config.width) if config.final_norm else nn.Identity()
@@ -131,5 +137,5 @@ def build(config: TransformerConfig, seed: int) -> Transformer:
     """Return a transformer with initial weights that are a function of the configuration and the seed."""
     with torch.random.fork_rng():  # torch's own constructors draw weights that are overwritten here
         model = Transformer(config)
-    initialise_(model, seed, config.init_std)
+    initialise_(model, seed, config.std)
     return model

@@ -1,7 +1,6 @@
 """Append-only readings on disk: one JSON object a line, whole after a crash."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +48,12 @@ class Record:
             raise InputError(f"{self.path}, line {rows.index(None) + 1}, is damaged: it is not a JSON object")
         return [row for row in rows if row is not None]
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the rows whose "step" is larger than `step`, atomically; rows without one stay.
+    def keep_first(self, rows: int) -> None:
+        """Drop all but the first rows, atomically.
 
         Raises: InputError as `read`.
         """
-        kept = [row for row in self.read() if row.get("step", -math.inf) <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.read()[:rows]))
 
     def _lines(self) -> list[bytes]:
         """Lines with their ends."""

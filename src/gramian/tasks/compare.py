@@ -29,8 +29,9 @@ class CompareConfig(Job):
     name: str = "compare"
     """Name of the run folder."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Raise InputError naming the first setting that cannot be used."""
+        super().check()
         if not self.blocks:
             raise InputError("a comparison needs at least one block; `gramian list` shows them")
         if len(set(self.blocks)) < len(self.blocks):
@@ -96,6 +97,7 @@ def compare(
     Raises: InputError for settings or text that cannot be used; StoppedError after a signal, all blocks
     saved; DivergedError when a loss is not finite, with the last good checkpoints kept.
     """
+    config.check()
     console = console or Console()
     started = time.perf_counter()
     folder = run_folder(config.runs, config.name)

@@ -46,19 +46,18 @@ COLUMNS: tuple[tuple[Column, Callable[[BlockResult], Any]], ...] = (
 
 
 def terminal_table(comparison: Comparison) -> TerminalTable:
-    """Return the results as a table for the terminal; ratios are to the first block."""
+    """Return the results as a table for the terminal, one column a block; ratios are to the first block."""
     table = TerminalTable(caption=f"unigram entropy {comparison.unigram_entropy:.3f} nats/token")
-    for column, _ in COLUMNS:
-        heading = f"{column.heading}\n{column.unit}" if column.unit else column.heading
-        table.add_column(heading, justify="left" if column.heading == "block" else "right")
-    first = comparison.results[0]
+    table.add_column("")
     for result in comparison.results:
-        cells = []
-        for column, value in COLUMNS:
-            cell = value(result)
-            text = cell if isinstance(cell, str) else f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}"
-            cells.append(f"{text} ({cell / value(first):.2f}×)" if column.ratio else text)
-        table.add_row(*cells)
+        table.add_column(result.block.replace("_", "_\u200b"), justify="right")
+    first = comparison.results[0]
+    for column, value in COLUMNS[1:]:
+        unit = f" ({column.unit.replace(' ', '')})" if column.unit else ""
+        cells = [value(result) for result in comparison.results]
+        table.add_row(column.heading + unit, *(f"{c:,}" if isinstance(c, int) else f"{c:.4g}" for c in cells))
+        if column.ratio:
+            table.add_row("  × the first", *(f"{cell / value(first):.2f}" for cell in cells), style="dim")
     return table
 
 
@@ -123,10 +122,10 @@ def _results(comparison: Comparison, colours: Mapping[str, str]) -> Section:
         notes=(
             "Small figures are ratios to the first block. Block parameters leave embeddings and head out.",
             "Speed is the median over groups of training steps taken in turn with the other blocks.",
-            "Kurtosis and max–median ratio are the largest over the layers, read off validation text. Neuron "
-            "kurtosis is 1 when all neurons carry equal mean squares and the width when one carries all.",
-            "int8 quantises the inputs and weights of the blocks' linear layers (W8A8, static, per tensor; the "
-            "head stays exact). It is milder than recipes that also quantise norms, softmax and residual sums.",
+            "Kurtosis and max–median ratio are the largest over the layers, on validation text. Neuron "
+            "kurtosis is 1 when all neurons carry equal mean squares, and the width when one carries all.",
+            "int8 quantises the inputs and weights of the blocks' linear layers (W8A8, static, per tensor; "
+            "the head stays exact). Recipes that also quantise norms, softmax and residual sums cost more.",
             "One seed a block: differences in loss of a few hundredths of a nat can be noise.",
         ),
         colours=colours,
@@ -179,7 +178,7 @@ def _outliers(comparison: Comparison, colours: Mapping[str, str]) -> Section:
                     log=True,
                 ),
                 "Kurtosis of the neurons' mean squares in the residual stream entering each layer (the last "
-                "row leaves the last layer) while training. 1 is even; larger means fewer neurons carry more.",
+                "row leaves the last layer). 1 is even; larger means that fewer neurons carry more.",
                 "Neuron kurtosis by layer and step, one panel a block.",
                 "Kurtosis by layer and step",
             ),
@@ -230,8 +229,9 @@ def _gains(comparison: Comparison, colours: Mapping[str, str]) -> tuple[Section,
         return ()
     figure = gains(series, y="gain, mean over layers", colours=colours)
     caption = (
-        "Trainable gains, averaged over layers and heads. Identity, softmax and centring weigh the three terms "
-        "of shaped attention, which starts as the identity; how far they part shows how much it mixes tokens."
+        "Trainable gains, averaged over layers and heads. Identity, softmax and centring weigh the three "
+        "terms of shaped attention, which starts as the identity; centring takes away what uniform attention "
+        "would add."
     )
     alt = "Trainable gains against the training step, one panel a block."
     return (Section("Gains", "", (Plot(figure, caption, alt, "Gains"),)),)

@@ -1,7 +1,7 @@
 """Language models on a user's text: what to read, what to build, how to train and judge it."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,8 @@ class Shape:
     """Let the head use the token embedding's matrix."""
     final_norm: bool = True
     """Normalise before the head."""
-    init_std: float = 0.02
-    """Standard deviation of initial weights."""
+    init_std: float | None = None
+    """Standard deviation of initial weights; 0.02 · √(768/width) when not given."""
 
     def model(self, block: str, vocabulary: int) -> TransformerConfig:
         """Return the transformer of this shape."""
@@ -93,7 +93,9 @@ class Job:
     runs: Path = Path("runs")
     """Folder of run folders."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError naming the first setting that cannot be used."""
+        self.training.check()
         if self.evaluation_batches < 1:
             raise InputError(f"evaluation_batches must be at least 1, got {self.evaluation_batches}")
 
@@ -178,15 +180,8 @@ def prepare(
     def evaluate(forward: nn.Module) -> dict[str, Any]:
         return {**judge(forward), "gains": [gains(layer) for layer in model.blocks]}
 
-    config = TrainConfig(
-        data=job.data,
-        shape=job.shape,
-        training=job.training,
-        evaluation_batches=job.evaluation_batches,
-        runs=job.runs,
-        block=block,
-        name=folder.name,
-    )
+    shared = {each.name: getattr(job, each.name) for each in fields(Job)}
+    config = TrainConfig(**shared, block=block, name=folder.name)
     run = open_run(folder, config, resume=resume, overwrite=overwrite)
     write_json(folder / "model.json", asdict(shape))
     write_text(folder / "tokenizer.json", corpus.tokenizer.to_str())
@@ -212,8 +207,9 @@ def train(
     DivergedError when the loss is not finite, with the last good checkpoint kept.
     """
     console = console or Console()
-    folder = run_folder(config.runs, config.name)
+    config.check()
     registered_block(config.block)
+    folder = run_folder(config.runs, config.name)
     corpus = config.data.load()
     trainer = prepare(config, config.block, corpus, folder, resume=resume, overwrite=overwrite)
     train_side_by_side({config.block: trainer}, console)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gramian.errors import DivergedError, InputError
 from gramian.observe.probe import Probe
 from gramian.train import checkpoint
-from gramian.train.optimisers import adamw
+from gramian.train.optimisers import adamw, check_adamw
 from gramian.train.run import Run
 from gramian.train.schedule import multiplier
 
@@ -64,7 +64,8 @@ class Training:
     tensorboard: bool = False
     """Also write TensorBoard files into the run folder."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError naming the first setting that cannot be used."""
         counts = ("steps", "batch", "accumulation", "evaluate_every", "observe_every", "checkpoint_every")
         for name in (*counts, "log_every"):
             if getattr(self, name) < 1:
@@ -79,7 +80,10 @@ class Training:
             raise InputError(f"unknown precision {self.precision!r}; choose fp32 or bf16")
         if self.device not in ("auto", "cpu"):
             raise InputError(f"unknown device {self.device!r}; choose auto or cpu")
+        if self.seed < 0:
+            raise InputError(f"seed cannot be negative, got {self.seed}")
         multiplier(0, self.steps, self.warmup, self.schedule)
+        check_adamw(self.learning_rate, self.weight_decay, self.betas, self.eps)
 
 
 class Trainer:
@@ -114,18 +118,18 @@ class Trainer:
         tokens: int,
         resume: bool = False,
     ) -> None:
+        settings.check()
         self.model, self.settings, self.run, self.probe = model, settings, run, probe
         self._loss, self._batches, self._evaluate, self._tokens = loss, batches, evaluate, tokens
         self._accelerator = Accelerator(
             cpu=settings.device == "cpu",
-            mixed_precision="bf16" if settings.precision == "bf16" else "no",
             log_with="tensorboard" if settings.tensorboard else None,
             project_dir=run.folder,
         )
         optimiser = adamw(model, settings.learning_rate, settings.weight_decay, settings.betas, settings.eps)
         self._forward, self._optimiser = self._accelerator.prepare(model, optimiser)
         self._compiled: Any = torch.compile(self._forward) if settings.compile else self._forward
-        self._record = run.record
+        self._record, self._rows = run.record, 0
         self.step, self.seconds = 0, 0.0
         self.latest: dict[str, float] = {}
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -136,7 +140,7 @@ class Trainer:
         if resume:
             self._restore()
         if self.step == 0:
-            self._record.truncate_after(-1)
+            self._record.keep_first(0)
             self._write_evaluation()
 
     @property
@@ -181,7 +185,7 @@ class Trainer:
         """Write a checkpoint of this step, unless there is nothing new."""
         if self.step == 0 or not self._accelerator.is_main_process:
             return
-        state = {"seconds": self.seconds, "rates": self._rates}
+        state = {"seconds": self.seconds, "rates": self._rates, "rows": self._rows}
         model = self._accelerator.unwrap_model(self._forward)
         optimiser = self._optimiser.optimizer
         checkpoint.save(self.run.checkpoints, self.step, model, optimiser, state, self.settings.keep)
@@ -197,8 +201,12 @@ class Trainer:
             return
         model = self._accelerator.unwrap_model(self._forward)
         state = checkpoint.load(saved[-1], model, self._optimiser.optimizer)
-        self.step, self.seconds, self._rates = saved[-1].step, state["seconds"], state["rates"]
-        self._record.truncate_after(self.step)
+        try:
+            self.seconds, self._rates, self._rows = state["seconds"], state["rates"], state["rows"]
+        except KeyError as error:
+            raise InputError(f"the checkpoint {saved[-1].folder} lacks {error} in its state.json") from error
+        self.step = saved[-1].step
+        self._record.keep_first(self._rows)
         for row in self._record.read():
             self.latest.update({key: value for key, value in row.items() if isinstance(value, float)})
 
@@ -218,7 +226,8 @@ class Trainer:
             for index, part in enumerate(parts):
                 last = index == len(parts) - 1
                 with _nothing() if last else accelerator.no_sync(self._forward):
-                    loss = self._loss(forward, part) / len(parts)
+                    with self._arithmetic():
+                        loss = self._loss(forward, part) / len(parts)
                     accelerator.backward(loss)
                 total += loss.detach()
         norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.clip)
@@ -238,6 +247,11 @@ class Trainer:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
             yield
+
+    def _arithmetic(self) -> torch.autocast:
+        """Return the autocast of the forward pass."""
+        low = self.settings.precision == "bf16"
+        return torch.autocast(self._accelerator.device.type, torch.bfloat16, enabled=low)
 
     def _sampling(self) -> Any:
         return _nothing() if self.probe is None else self.probe.sample(self.step)
@@ -271,7 +285,7 @@ class Trainer:
 
     def _write_evaluation(self) -> None:
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._arithmetic():
             numbers = self._evaluate(self._forward)
         self.model.train()
         self.latest.update(numbers)
@@ -281,6 +295,7 @@ class Trainer:
         if not self._accelerator.is_main_process:
             return
         self._record.append(row)
+        self._rows += 1
         if self.settings.tensorboard:
             scalars = {f"{row['kind']}/{key}": value for key, value in _scalars(row)}
             self._accelerator.log(scalars, step=row["step"])

@@ -14,10 +14,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Gains, biases and the scales of norms have fewer than two axes and are never decayed; embeddings and
     linear weights are. Every trainable parameter is in exactly one group, tied ones once.
 
-    Raises: InputError when the model has no trainable parameter or the decay is negative.
+    Raises: InputError when the model has no trainable parameter.
     """
-    if weight_decay < 0:
-        raise InputError(f"weight decay cannot be negative, got {weight_decay:g}")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise InputError("the model has no trainable parameter")
@@ -27,13 +25,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def adamw(
-    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float
-) -> torch.optim.Optimizer:
-    """Return AdamW over `parameter_groups`.
+def check_adamw(learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
+    """Check the settings of `adamw` before anything is built.
 
-    Raises: InputError for a learning rate that is not positive, β outside [0, 1) or ε that is not positive.
-    Source: Loshchilov & Hutter 2019, arXiv 1711.05101.
+    Raises: InputError for a learning rate or ε that is not positive, β outside [0, 1) or a negative decay.
     """
     if not learning_rate > 0:
         raise InputError(f"the learning rate must be positive, got {learning_rate:g}")
@@ -41,4 +36,18 @@ def adamw(
         raise InputError(f"both betas of AdamW lie in [0, 1), got {betas[0]:g} and {betas[1]:g}")
     if not eps > 0:
         raise InputError(f"the eps of AdamW must be positive, got {eps:g}")
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas, eps=eps)
+    if not weight_decay >= 0:
+        raise InputError(f"weight decay cannot be negative, got {weight_decay:g}")
+
+
+def adamw(
+    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
+    """Return AdamW over `parameter_groups`, in its fused form.
+
+    Raises: InputError as `check_adamw` and `parameter_groups`.
+    Source: Loshchilov & Hutter 2019, arXiv 1711.05101.
+    """
+    check_adamw(learning_rate, weight_decay, betas, eps)
+    groups = parameter_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)

@@ -1,0 +1,212 @@
+import math
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from gramian.errors import DivergedError, InputError, StoppedError
+from gramian.observe.probe import Probe
+from gramian.train import checkpoint
+from gramian.train.loop import Trainer, Training
+from gramian.train.run import open_run
+from gramian.train.side_by_side import train_side_by_side
+
+SETTINGS = Training(
+    steps=24, batch=4, learning_rate=0.05, log_every=4, evaluate_every=8, observe_every=8, checkpoint_every=8
+)
+
+
+class Net(nn.Module):
+    """A small regression with dropout, so that a resumed run must get the random stream right as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.blocks = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        self.dropout, self.gain = nn.Dropout(0.3), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * self.blocks(self.dropout(x)[:, None])[:, 0]
+
+
+def batches(step: int) -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+
+
+def loss(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x) - x.roll(1, -1)).square().mean()
+
+
+def trainer(folder, settings: Training = SETTINGS, *, resume: bool = False, loss=loss, net=None) -> Trainer:
+    model = net or Net()
+    run = open_run(folder, settings, resume=resume)
+    probe = Probe(model, "blocks.*", every=settings.observe_every)
+
+    def evaluate(forward: nn.Module) -> dict[str, float]:
+        assert not forward.training
+        return {"validation_loss": loss(forward, batches(1000)).item()}
+
+    return Trainer(model, loss, batches, evaluate, probe, settings, run, tokens=24, resume=resume)
+
+
+def weights(of: Trainer) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in of.model.parameters()])
+
+
+def test_it_learns_and_writes_down_what_it_saw(tmp_path) -> None:
+    one = trainer(tmp_path / "one")
+    one.advance(100)
+    rows = one.run.record.read()
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(24))
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    assert [row["step"] for row in rows if row["kind"] == "evaluate"] == [0, 8, 16, 24]
+    seen = [row for row in rows if row["kind"] == "observe"]
+    assert [row["step"] for row in seen] == [0, 8, 16]
+    assert set(seen[0]["sites"]) == {"blocks.0", "blocks.1", "blocks.1.output"}
+    assert [saved.step for saved in checkpoint.checkpoints(one.run.checkpoints)] == [16, 24]
+    assert one.finished
+    assert one.tokens_per_second > 0
+
+
+def test_observing_changes_nothing_that_is_learnt(tmp_path) -> None:
+    often, never = (
+        trainer(tmp_path / str(every), replace(SETTINGS, observe_every=every)) for every in (1, 1000)
+    )
+    often.advance(24)
+    never.advance(24)
+    assert torch.equal(weights(often), weights(never))
+
+
+@pytest.mark.parametrize("stopped_at", [3, 8, 13])
+def test_a_resumed_run_ends_in_the_same_weights(tmp_path, stopped_at) -> None:
+    whole = trainer(tmp_path / "whole")
+    whole.advance(24)
+    part = trainer(tmp_path / "part")
+    part.advance(stopped_at)
+    part.save()
+    part.advance(2)  # steps after the checkpoint are lost and taken again
+    rest = trainer(tmp_path / "part", resume=True)
+    assert rest.step == max(stopped_at, 8 * ((stopped_at + 2) // 8))
+    rest.advance(100)
+    assert torch.equal(weights(whole), weights(rest))
+
+    def rows(of: Trainer) -> list:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in of.run.record.read()]
+
+    def key(row) -> tuple:
+        return row["step"], row["kind"]
+
+    assert sorted(rows(whole), key=key) == sorted(rows(rest), key=key)
+
+
+def test_a_changed_seed_is_noticed(tmp_path) -> None:
+    """Control of the test above: dropout's stream matters."""
+    one, other = (trainer(tmp_path / str(seed), replace(SETTINGS, seed=seed)) for seed in (0, 1))
+    one.advance(24)
+    other.advance(24)
+    assert not torch.equal(weights(one), weights(other))
+
+
+def test_micro_batches_add_up(tmp_path) -> None:
+    class Still(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.0)
+
+    whole, parts = (
+        trainer(tmp_path / str(n), replace(SETTINGS, accumulation=n), net=Still()) for n in (1, 4)
+    )
+    whole.advance(24)
+    parts.advance(24)
+    torch.testing.assert_close(weights(whole), weights(parts), rtol=1e-4, atol=1e-5)
+
+
+def test_clipping_bounds_the_step_taken(tmp_path) -> None:
+    """With a clip far below the gradient's norm, SGD-like invariance: scaling the loss changes nothing."""
+    base = replace(SETTINGS, clip=1e-3, eps=1e-12)
+    one = trainer(tmp_path / "one", base)
+    scaled = trainer(tmp_path / "scaled", base, loss=lambda model, x: 64 * loss(model, x))
+    free = trainer(tmp_path / "free", replace(base, clip=math.inf))
+    for each in (one, scaled, free):
+        each.advance(8)
+    torch.testing.assert_close(weights(one), weights(scaled), rtol=1e-4, atol=1e-5)
+    norms = [row["gradient_norm"] for row in free.run.record.read() if row["kind"] == "train"]
+    assert min(norms) > 1e-3
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, where) -> None:
+    def breaking(model: nn.Module, x: Tensor) -> Tensor:
+        value = loss(model, x)
+        if torch.equal(x, batches(13)):
+            infinite = (value - value.detach()).sqrt()  # value 0, gradient infinite
+            return value + infinite if where == "gradient" else value * math.nan
+        return value
+
+    one = trainer(tmp_path / "one", loss=breaking)
+    with pytest.raises(DivergedError, match=rf"the {where} is not finite at step 13; .*step-00000008"):
+        one.advance(24)
+    saved = checkpoint.checkpoints(one.run.checkpoints)
+    assert [each.step for each in saved] == [8]
+    fresh = trainer(tmp_path / "one", resume=True)
+    assert torch.isfinite(weights(fresh)).all()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_all_and_resuming_gives_the_same_weights(tmp_path, number) -> None:
+    def signalling(model: nn.Module, x: Tensor) -> Tensor:
+        if torch.equal(x, batches(9)):
+            os.kill(os.getpid(), number)
+        return loss(model, x)
+
+    whole = trainer(tmp_path / "whole")
+    train_side_by_side({"whole": whole}, Console(quiet=True))
+    pair = {name: trainer(tmp_path / name, loss=signalling) for name in ("a", "b")}
+    handler = signal.getsignal(number)
+    with pytest.raises(StoppedError, match=r"a at step 12, b at step 8; go on with --resume"):
+        train_side_by_side(pair, Console(quiet=True))
+    assert signal.getsignal(number) is handler
+    again = {name: trainer(tmp_path / name, resume=True) for name in ("a", "b")}
+    train_side_by_side(again, Console(quiet=True))
+    for each in again.values():
+        assert torch.equal(weights(each), weights(whole))
+
+
+def test_tensorboard_files_are_written_on_request(tmp_path) -> None:
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    one = trainer(tmp_path / "one", replace(SETTINGS, tensorboard=True, steps=8))
+    one.advance(8)
+    one.close()
+    assert list(one.run.folder.rglob("events.out.tfevents*"))
+
+
+def test_bfloat16_and_compiled_runs_stay_close(tmp_path) -> None:
+    plain, low = (
+        trainer(tmp_path / precision, replace(SETTINGS, precision=precision))
+        for precision in ("fp32", "bf16")
+    )
+    plain.advance(24)
+    low.advance(24)
+    assert not torch.equal(weights(plain), weights(low))
+    torch.testing.assert_close(weights(plain), weights(low), rtol=0.2, atol=0.2)
+
+
+def test_bad_settings_are_named() -> None:
+    for change, words in (
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch": 5, "accumulation": 2}, "not divisible by accumulation"),
+        ({"keep": -1}, "keep"),
+        ({"clip": 0.0}, "clip"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"schedule": "step"}, "unknown schedule"),
+        ({"warmup": 2.0}, "warm-up"),
+    ):
+        with pytest.raises(InputError, match=words):
+            replace(SETTINGS, **change).check()
