@@ -82,7 +82,7 @@ def main() -> None:
     windows = torch.randint(chosen.vocabulary, size, generator=generator).to(DEVICE)
     lines = [
         f"Training steps (forward, backward, clipping, AdamW), {chosen.depth} layers, width {chosen.width},",
-        f"{chosen.heads} heads, {chosen.batch} × {chosen.context} tokens, vocabulary {chosen.vocabulary}, fp32.",
+        f"{chosen.heads} heads, {chosen.batch} × {chosen.context} tokens, {chosen.vocabulary} token types, fp32.",
         "Throughput is that of the median step; ratios are medians over interleaved rounds, each within one",
         "round; above 1 is faster than the column's peer.",
         "",

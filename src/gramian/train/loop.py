@@ -23,13 +23,13 @@ from gramian.train.schedule import multiplier
 class Training:
     """How a model is trained."""
 
-    steps: int = 400
+    steps: int = 1000
     """Optimiser steps."""
-    batch: int = 8
+    batch: int = 4
     """Sequences an optimiser step sees, over all devices."""
     accumulation: int = 1
     """Micro-batches that a step's sequences are split into, to save memory."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     schedule: str = "linear"
     """How the learning rate falls after the warm-up: linear, cosine or constant."""
@@ -37,7 +37,7 @@ class Training:
     """Fraction of the steps over which the learning rate rises."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; gains, norms and biases have none."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of AdamW's two moments."""
     eps: float = 1e-8
     """The term that AdamW adds to the root of the second moment."""
@@ -51,11 +51,11 @@ class Training:
     """auto takes a GPU when there is one; cpu never does."""
     seed: int = 0
     """Seed of weights and batches."""
-    evaluate_every: int = 50
+    evaluate_every: int = 100
     """Steps between two evaluations."""
     observe_every: int = 50
     """Steps between two observations of the insides."""
-    checkpoint_every: int = 200
+    checkpoint_every: int = 250
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
     """Checkpoints kept, newest first; 0 keeps all."""
