@@ -151,8 +151,8 @@ def test_best_and_ratio():
         ["c", "not finite", "20.00 best", "few"],
     ]
     assert text.count("<b>") == 3
-    assert "↓ lower is better" in text
-    assert "↑ higher is better" in text
+    assert "↓ low is good" in text
+    assert "↑ high is good" in text
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0], [math.nan, 1.0], [None, 1.0]])

@@ -27,7 +27,7 @@ Points = tuple[Sequence[float], Sequence[float]]
 
 COLUMNS: tuple[tuple[Column, Callable[[BlockResult], Any]], ...] = (
     (Column("block"), lambda result: result.block),
-    (Column("block parameters", ratio=True), lambda result: result.block_parameters),
+    (Column("block parameters", "", ratio=True), lambda result: result.block_parameters),
     (
         Column("training speed", "tokens / s", better="high", ratio=True),
         lambda result: round(result.tokens_per_second),
@@ -38,7 +38,7 @@ COLUMNS: tuple[tuple[Column, Callable[[BlockResult], Any]], ...] = (
     ),
     (Column("validation loss", "bits / byte", better="low"), lambda result: round(result.bits_per_byte, 4)),
     (Column("max neuron kurtosis", better="low"), lambda result: result.max_neuron_kurtosis),
-    (Column("max–median ratio", better="low"), lambda result: result.max_median_ratio),
+    (Column("max / median", better="low"), lambda result: result.max_median_ratio),
     (Column("int8 loss", "nats / token", better="low"), lambda result: round(result.int8_loss, 4)),
     (Column("int8 gap", "nats / token", better="low"), lambda result: round(result.int8_gap, 5)),
 )
@@ -122,7 +122,7 @@ def _results(comparison: Comparison, colours: Mapping[str, str]) -> Section:
         notes=(
             "Small figures are ratios to the first block. Block parameters leave embeddings and head out.",
             "Speed is the median over groups of training steps taken in turn with the other blocks.",
-            "Kurtosis and max–median ratio are the largest over the layers, on validation text. Neuron "
+            "Kurtosis and max / median ratio are the largest over the layers, on validation text. Neuron "
             "kurtosis is 1 when all neurons carry equal mean squares, and the width when one carries all.",
             "int8 quantises the inputs and weights of the blocks' linear layers (W8A8, static, per tensor; "
             "the head stays exact). Recipes that also quantise norms, softmax and residual sums cost more.",

@@ -88,7 +88,7 @@ class Job:
     data: Text = field(default_factory=Text)
     shape: Shape = field(default_factory=Shape)
     training: Training = field(default_factory=Training)
-    evaluation_batches: int = 40
+    evaluation_batches: int = 24
     """Batches of validation text that every evaluation reads, the same ones each time."""
     runs: Path = Path("runs")
     """Folder of run folders."""
