@@ -81,10 +81,10 @@ def main() -> None:
     size = (chosen.batch, chosen.context + 1)
     windows = torch.randint(chosen.vocabulary, size, generator=generator).to(DEVICE)
     lines = [
-        f"Training steps (forward, backward, clipping, AdamW): {chosen.depth} layers, width {chosen.width},",
-        f"{chosen.heads} heads, {chosen.batch} × {chosen.context} tokens, {chosen.vocabulary} kinds, float32.",
-        "Throughput is that of the median step; ratios are medians over interleaved rounds, each within one",
-        "round; above 1 is faster than the column's peer.",
+        f"Training steps (forward, backward, clipping, AdamW): {config.depth} layers, width {config.width},",
+        f"{config.heads} heads, {chosen.batch} × {config.context} tokens, vocabulary {config.vocabulary}, in",
+        "float32. Throughput is that of the median step; ratios are medians over interleaved rounds, each",
+        "within one round; above 1 is faster than the column's peer.",
         "",
         f"| mode | model | parameters (M) | tokens/s | × pre_norm | × {PEER} |",
         "|---|---|---|---|---|---|",

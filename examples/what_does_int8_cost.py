@@ -6,8 +6,8 @@ from torch.nn.functional import cross_entropy
 
 from gramian.compress.quantise import quantise
 
-generator = torch.Generator().manual_seed(0)
-x = torch.randn(2000, 20, generator=generator)
+torch.manual_seed(0)
+x = torch.randn(2000, 20)
 y = (x[:, :5].sum(1) > 0).long()
 model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2))
 optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -25,6 +25,7 @@ def show(name: str) -> None:
 
 show("as trained")
 with torch.no_grad():
-    model[0].weight[3] *= 1000  # one loud channel takes the whole range of the per-tensor grid
+    model[0].weight[3] *= 1000  # one loud neuron takes the whole range of the per-tensor grids
+    model[0].bias[3] *= 1000
     model[2].weight[:, 3] /= 1000  # and computes exactly the same function in float
 show("with an outlier")

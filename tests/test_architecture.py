@@ -15,6 +15,7 @@ RANKS = {
     "tasks": 3,
     "systems": 4,
     "cli": 5,
+    "__main__": 6,
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 LONGEST = 400

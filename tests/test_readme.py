@@ -32,7 +32,7 @@ def command(line: str) -> list[str]:
         return ["make", "--dry-run", "-C", str(ROOT), *arguments]  # the target and its recipe exist
     assert program == "gramian", line
     smaller = shlex.split(SMALLER) if arguments[0] in ("train", "compare") else []
-    return [sys.executable, "-c", "from gramian.cli.main import main; main()", *arguments, *smaller]
+    return [sys.executable, "-m", "gramian", *arguments, *smaller]
 
 
 @pytest.mark.parametrize("line", LINES)

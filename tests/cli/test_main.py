@@ -111,10 +111,9 @@ def test_divergence_says_the_step_and_keeps_the_last_good_checkpoint(tmp_path, s
 def test_a_stopped_process_resumes_to_bit_identical_weights(tmp_path, story, number) -> None:
     def start(name: str, *more: str) -> subprocess.Popen:
         arguments = small("train", tmp_path, story, "--name", name, "--steps", "400", *more)
-        program = "import sys; from gramian.cli.main import main; main()"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
-            [sys.executable, "-c", program, *arguments],
+            [sys.executable, "-m", "gramian", *arguments],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

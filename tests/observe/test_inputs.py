@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gramian.core.moments import Moments
-from gramian.observe.inputs import token_readings
+from gramian.observe.inputs import spectral_readings, token_readings
 from oracles import moment_readings
 
 
@@ -11,8 +11,9 @@ def test_readings():
     got = token_readings(Moments.of(x))
     expected = moment_readings(x.flatten(0, 1))
     assert got == pytest.approx({name: expected[name] for name in got}, rel=1e-9)
-    names = ("token_correlation_mean", "token_correlation_rms", "effective_rank", "participation_ratio")
-    assert tuple(got) == names
+    assert tuple(got) == ("token_correlation_mean", "token_correlation_rms", "participation_ratio")
+    spectral = spectral_readings(Moments.of(x))
+    assert spectral == pytest.approx({"effective_rank": expected["effective_rank"]}, rel=1e-9)
 
 
 def test_collapsed_tokens_read_1_and_others_do_not():

@@ -92,7 +92,10 @@ def test_reads_every_stream_and_the_last_output(model: Model, x: Tensor):
     with Probe(model).sample(0) as sample:
         model(x)
     assert sample is not None
-    close(sample.readings(), {site: expected(s.flatten(0, 1)) for site, s in streams(model, x).items()})
+    close(
+        sample.readings(spectral=True),
+        {site: expected(s.flatten(0, 1)) for site, s in streams(model, x).items()},
+    )
 
 
 def test_centre_mask_and_first_token(model: Model, x: Tensor):
@@ -104,7 +107,7 @@ def test_centre_mask_and_first_token(model: Model, x: Tensor):
     kept = mask[:, 1:].bool()
     want = {site: expected(oracles.centred(s[:, 1:].double())[kept]) for site, s in streams(model, x).items()}
     assert sample is not None
-    close(sample.readings(), want)
+    close(sample.readings(spectral=True), want)
     with Probe(model, centre=True, skip_first_token=True).sample(0) as unmasked:
         model(x)
     assert unmasked is not None
@@ -115,7 +118,7 @@ def test_micro_batches_add_up_each_with_its_mask(model: Model, x: Tensor):
     mask = torch.ones(4, 7)
     mask[0, 5:] = 0
     mask[2, 2:] = 0
-    with Probe(model, attentions="blocks.*.mixing").sample(0) as parts:
+    with Probe(model, attentions="blocks.*.mixing", sequences=2).sample(0) as parts:
         assert parts is not None
         for half in (slice(0, 2), slice(2, 4)):
             parts.mask = mask[half]
@@ -180,7 +183,7 @@ def test_planted_outlier_neuron_is_found(model: Model, x: Tensor):
         with Probe(model).sample(0) as sample:
             model(x)
         assert sample is not None
-        return sample.readings()
+        return sample.readings(spectral=True)
 
     def kurtoses(readings: dict[str, dict[str, float]]) -> list[float]:
         return [values["neuron_kurtosis"] for values in readings.values()]
@@ -198,7 +201,7 @@ def test_attention_is_read_on_the_first_sequences(model: Model, x: Tensor):
     with Probe(model, streams=(), attentions="blocks.*.mixing", sequences=3).sample(0) as sample:
         model(x)
     assert sample is not None
-    got = sample.readings()
+    got = sample.readings(spectral=True)
     assert list(got) == [f"blocks.{i}.mixing" for i in range(3)]
     for index, stream in enumerate(list(streams(model, x).values())[:3]):
         block = model.block(index)
@@ -245,7 +248,7 @@ def test_other_mistakes_are_named(model: Model, x: Tensor):
         pass
     assert sample is not None
     with pytest.raises(InputError, match="the sample is empty"):
-        sample.readings()
+        sample.readings(spectral=True)
     flat = nn.Sequential(nn.Linear(WIDTH, 2))
     with pytest.raises(InputError, match=r"stream at 0 must be .*\(4, 12\)"):
         observe(flat, [x[:, 0]], streams="*", skip_first_token=True)
@@ -298,7 +301,7 @@ def test_autocast_does_not_touch_the_sums(model: Model, x: Tensor):
         model(x)
     assert sample is not None
     assert sample.streams["blocks.0"].products.dtype == torch.float64
-    assert sample.readings()["blocks.0"] == pytest.approx(expected(x.flatten(0, 1)), rel=1e-9)
+    assert sample.readings(spectral=True)["blocks.0"] == pytest.approx(expected(x.flatten(0, 1)), rel=1e-9)
 
 
 def test_keeps_no_activation(model: Model, x: Tensor):

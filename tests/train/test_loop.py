@@ -186,7 +186,7 @@ def test_tensorboard_files_are_written_on_request(tmp_path) -> None:
     assert list(one.run.folder.rglob("events.out.tfevents*"))
 
 
-def test_bfloat16_and_compiled_runs_stay_close(tmp_path) -> None:
+def test_bfloat16_stays_close_to_float32(tmp_path) -> None:
     plain, low = (
         trainer(tmp_path / precision, replace(SETTINGS, precision=precision))
         for precision in ("fp32", "bf16")
@@ -195,6 +195,22 @@ def test_bfloat16_and_compiled_runs_stay_close(tmp_path) -> None:
     low.advance(24)
     assert not torch.equal(weights(plain), weights(low))
     torch.testing.assert_close(weights(plain), weights(low), rtol=0.2, atol=0.2)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_stays_close_and_is_observed(tmp_path) -> None:
+    class Still(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.0)
+
+    plain, compiled = (
+        trainer(tmp_path / str(how), replace(SETTINGS, compile=how), net=Still()) for how in (False, True)
+    )
+    plain.advance(24)
+    compiled.advance(24)
+    torch.testing.assert_close(weights(plain), weights(compiled), rtol=1e-4, atol=1e-5)
+    assert sum(row["kind"] == "observe" for row in compiled.run.record.read()) == 3
 
 
 def test_bad_settings_are_named() -> None:

@@ -85,7 +85,7 @@ class Moments:
             x = wide = deviation
             mean = torch.zeros_like(mean)
         square = deviation.square()
-        second = square.sum(-1)
+        second, mean2 = square.sum(-1), mean.square()
         third = torch.linalg.vecdot(square, deviation)
         fourth = torch.linalg.vecdot(square, square)
 
@@ -96,12 +96,12 @@ class Moments:
             count=wide.new_tensor(len(wide)),
             products=wide.T @ wide,
             total=wide.sum(0),
-            fourth_norms=(second + d * mean**2).square().sum(),
-            cubes=(third + 3 * mean * second + d * mean**3).sum(),
-            fourths=(fourth + 4 * mean * third + 6 * mean**2 * second + d * mean**4).sum(),
+            fourth_norms=(second + d * mean2).square().sum(),
+            cubes=third.sum() + 3 * mean.dot(second) + d * mean.dot(mean2),
+            fourths=fourth.sum() + 4 * mean.dot(third) + 6 * mean2.dot(second) + d * mean2.dot(mean2),
             peak=largest.amax() if len(largest) else largest.sum(),
-            ratios=_defined(largest, middle),
-            excesses=_defined((d * fourth - 3 * second**2).relu(), second**2),
+            ratios=_defined(largest / middle, middle != 0),
+            excesses=_defined((d * fourth / second.square() - 3).relu(), second != 0),
         )
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -229,8 +229,6 @@ def _lower_median(magnitude: Tensor) -> Tensor:
     return magnitude[:, middle]
 
 
-def _defined(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Sum of the ratios whose denominator is not 0, and their number; a NaN is no 0 and stays."""
-    defined = denominator != 0
-    ratios = torch.where(defined, numerator, 0) / torch.where(defined, denominator, 1)
-    return torch.stack([ratios.sum(), defined.sum().to(ratios.dtype)])
+def _defined(ratios: Tensor, defined: Tensor) -> Tensor:
+    """Sum of the ratios that are defined, and their number; a defined NaN stays."""
+    return torch.stack([torch.where(defined, ratios, 0).sum(), defined.sum().to(ratios.dtype)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gramian.core.moments import Moments
 from gramian.errors import InputError
 from gramian.observe.attention import AttentionMoments
-from gramian.observe.inputs import token_readings
+from gramian.observe.inputs import spectral_readings, token_readings
 from gramian.observe.neurons import neuron_readings
 
 Readings = dict[str, dict[str, float]]
@@ -31,8 +31,10 @@ class Sample:
         self.streams: dict[str, Moments] = {}
         self.attentions: dict[str, AttentionMoments] = {}
 
-    def readings(self) -> Readings:
+    def readings(self, spectral: bool = False) -> Readings:
         """Read every site: neuron and token readings of streams, entropy and sink rate of attentions.
+
+        `spectral` adds the readings that need eigenvalues, which cost more than all the others.
 
         Raises: InputError when no forward pass went through the probed modules.
         """
@@ -41,6 +43,9 @@ class Sample:
                 "the sample is empty: run the (uncompiled) model inside `with probe.sample(step)`"
             )
         readings = {site: neuron_readings(m) | token_readings(m) for site, m in self.streams.items()}
+        if spectral:
+            for site, moments in self.streams.items():
+                readings[site] |= spectral_readings(moments)
         for site, moments in self.attentions.items():
             values = torch.stack([moments.attention_entropy(), moments.sink_rate()]).tolist()
             readings[site] = readings.get(site, {}) | dict(
@@ -78,7 +83,7 @@ class Probe:
         every: int = 50,
         centre: bool = False,
         skip_first_token: bool = False,
-        sequences: int = 2,
+        sequences: int = 1,
     ):
         if every < 1 or sequences < 1:
             raise InputError(f"every and sequences must be at least 1, not {every} and {sequences}")
@@ -162,6 +167,8 @@ class Probe:
 def observe(model: nn.Module, batches: Iterable[Any], **options: Any) -> Readings:
     """Read a model over batches, each run as model(batch) in evaluation mode and without gradient.
 
+    The readings are all there are, those that need eigenvalues included.
+
     `options` are those of `Probe`, without `every`. Every module's training mode is restored.
 
     Raises: InputError as `Probe`, and when there are no batches.
@@ -177,7 +184,7 @@ def observe(model: nn.Module, batches: Iterable[Any], **options: Any) -> Reading
         for module, mode in modes:
             module.training = mode
     assert sample is not None
-    return sample.readings()
+    return sample.readings(spectral=True)
 
 
 def _matching(model: nn.Module, wanted: str | Sequence[str] | type[nn.Module]) -> dict[str, nn.Module]:

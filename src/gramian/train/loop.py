@@ -23,7 +23,7 @@ from gramian.train.schedule import multiplier
 class Training:
     """How a model is trained."""
 
-    steps: int = 900
+    steps: int = 800
     """Optimiser steps."""
     batch: int = 4
     """Sequences an optimiser step sees, over all devices."""
@@ -55,7 +55,7 @@ class Training:
     """Steps between two evaluations."""
     observe_every: int = 50
     """Steps between two observations of the insides."""
-    checkpoint_every: int = 300
+    checkpoint_every: int = 200
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
     """Checkpoints kept, newest first; 0 keeps all."""
