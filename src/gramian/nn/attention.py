@@ -78,24 +78,25 @@ class SoftCapMixing(SoftmaxMixing):
 
 
 def uniform_mean(
-    v: Float[Tensor, "*batch tokens width"], causal: bool
+    v: Float[Tensor, "*batch tokens width"], causal: bool, gain: Float[Tensor, "heads 1 1"] | None = None
 ) -> Float[Tensor, "*batch #tokens width"]:
-    """Return C V, what attention gives when every logit is zero, without the matrix C.
+    """Return γ C V, with C V what attention gives when every logit is zero, without the matrix C.
 
         causal        (C V)_i = (1/i) Σ_{j≤i} v_j        (i = 1…T)
         bidirectional (C V)_i = (1/T) Σ_j v_j            (one row, to be broadcast)
 
-    Sums are kept in float32 or better and returned in the dtype of v.
+    Sums are kept in float32 or better and returned in the dtype of v; γ is 1 when not given.
 
-    Shapes: (…, T, width) -> (…, T, width) causal, (…, 1, width) otherwise.
+    Shapes: (…, T, width) -> (…, T, width) causal, (…, 1, width) otherwise; gain one number a leading index.
     Holds: exactly.
     Source: He & Hofmann 2024, arXiv 2311.01906, section 3 (centring by the uniform matrix).
     """
     exact = torch.promote_types(v.dtype, torch.float32)
+    gain = torch.ones((), dtype=exact, device=v.device) if gain is None else gain.to(exact)
     if not causal:
-        return v.mean(-2, keepdim=True, dtype=exact).to(v.dtype)
+        return (gain * v.mean(-2, keepdim=True, dtype=exact)).to(v.dtype)
     count = torch.arange(1, v.shape[-2] + 1, dtype=exact, device=v.device)
-    return (v.cumsum(-2, dtype=exact) / count[:, None]).to(v.dtype)
+    return (gain / count[:, None] * v.cumsum(-2, dtype=exact)).to(v.dtype)
 
 
 class ShapedMixing(SoftmaxMixing):
@@ -126,15 +127,11 @@ class ShapedMixing(SoftmaxMixing):
     def forward(self, q: Heads, k: Heads, v: Values) -> Values:
         """Mix the values by αI + βA − γC."""
         v = v.to(q.dtype)
-        mixed = self._gain(self.alpha, v) * v + self._gain(self.beta, v) * super().forward(q, k, v)
+        alpha, beta = (gain.to(v.dtype)[:, None, None] for gain in (self.alpha, self.beta))
+        mixed = torch.addcmul(alpha * v, beta, super().forward(q, k, v))
         if self.gamma is None:
             return mixed
-        return mixed - self._gain(self.gamma, v) * uniform_mean(v, self.causal)
-
-    @staticmethod
-    def _gain(gain: Tensor, v: Values) -> Float[Tensor, "heads 1 1"]:
-        """Return one gain a head, in the precision of the values."""
-        return gain.to(v.dtype)[:, None, None]
+        return mixed - uniform_mean(v, self.causal, self.gamma[:, None, None])
 
 
 class Attention(nn.Module):

@@ -12,7 +12,7 @@ from gramian.data.tokens import Corpus, Windows, unigram_entropy
 from gramian.errors import InputError
 from gramian.nn.blocks import block as registered_block
 from gramian.observe.probe import Readings, observe
-from gramian.tasks.language import Job, Validation, prepare, run_folder, trained_model, validation
+from gramian.tasks.language import Job, Validation, describe, prepare, run_folder, trained_model, validation
 from gramian.train.loop import Trainer
 from gramian.train.run import Run, open_run
 from gramian.train.side_by_side import train_side_by_side
@@ -108,10 +108,7 @@ def compare(
     run = open_run(folder, config, resume=resume, overwrite=overwrite)
     trainers = {name: prepare(config, name, corpus, folder / name, resume=resume) for name in config.blocks}
     entropy = unigram_entropy(corpus.train, corpus.validation, corpus.vocabulary)
-    console.print(
-        f"{corpus.name}: {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, "
-        f"unigram entropy {entropy:.3f} nats/token"
-    )
+    console.print(describe(corpus), markup=False, highlight=False)
     train_side_by_side(trainers, console)
     results = []
     for name, trainer in trainers.items():
@@ -165,11 +162,9 @@ def _facts(config: CompareConfig, corpus: Corpus, run: Run, minutes: float) -> d
     """Say what the numbers were obtained from."""
     training, shape = config.training, config.shape
     tokens = training.steps * training.batch * shape.context
-    split = f"{corpus.train_documents:,} training and {corpus.validation_documents:,} validation documents"
-    whole = f"{len(corpus.train):,} and {len(corpus.validation):,} tokens"
     versions = run.versions
     return {
-        "text": f"{corpus.name}, {corpus.bytes:,} bytes: {split}, {whole}, vocabulary {corpus.vocabulary:,}",
+        "text": describe(corpus),
         "model": f"{shape.depth} layers, width {shape.width}, {shape.heads} heads, context {shape.context}, "
         f"{shape.norm}, {shape.activation}",
         "training": f"{training.steps:,} steps of {training.batch} sequences, {tokens:,} tokens a block",

@@ -120,6 +120,18 @@ def run_folder(runs: Path, name: str) -> Path:
     return runs / name
 
 
+def describe(corpus: Corpus) -> str:
+    """Say what was read, and what of it was not taken."""
+    taken = (
+        f"{corpus.name}: {corpus.bytes:,} bytes, {corpus.train_documents:,} training and "
+        f"{corpus.validation_documents:,} validation documents, {len(corpus.train):,} and "
+        f"{len(corpus.validation):,} tokens of a vocabulary of {corpus.vocabulary:,}"
+    )
+    left = f"; {corpus.left_out:,} documents beyond max_bytes were left out" if corpus.left_out else ""
+    skipped = f"; {corpus.skipped:,} files or rows without text were skipped" if corpus.skipped else ""
+    return taken + left + skipped
+
+
 def language_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Return the mean loss of predicting each next token, in nats a token.
 
@@ -210,8 +222,10 @@ def train(
     config.check()
     registered_block(config.block)
     folder = run_folder(config.runs, config.name)
-    corpus = config.data.load()
+    with console.status("reading and tokenising the text"):
+        corpus = config.data.load()
     trainer = prepare(config, config.block, corpus, folder, resume=resume, overwrite=overwrite)
+    console.print(describe(corpus), markup=False, highlight=False)
     train_side_by_side({config.block: trainer}, console)
     trainer.close()
     trainer.run.write_result({**trainer.latest, "tokens_per_second": trainer.tokens_per_second})

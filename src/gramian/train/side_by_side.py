@@ -37,10 +37,10 @@ def train_side_by_side(trainers: Mapping[str, Trainer], console: Console) -> Non
                         started.save()
                     steps = ", ".join(f"{name} at step {t.step}" for name, t in trainers.items())
                     raise StoppedError(f"stopped by {signal} and saved: {steps}; go on with --resume")
-                trainer.advance(1 if trainer.settings.steps < 2 else trainer.settings.log_every)
-                bar.update(
-                    tasks[name],
-                    completed=trainer.step,
-                    loss=f"{trainer.latest['loss']:.3f}",
-                    rate=f"{trainer.tokens_per_second:,.0f}",
-                )
+                before = trainer.step
+                trainer.advance(trainer.settings.log_every)
+                loss, rate = f"{trainer.latest['loss']:.3f}", f"{trainer.tokens_per_second:,.0f}"
+                bar.update(tasks[name], completed=trainer.step, loss=loss, rate=rate)
+                tenth = trainer.settings.steps / 10
+                if not console.is_terminal and before // tenth < trainer.step // tenth:  # no live bar there
+                    console.print(f"{name}: step {trainer.step}, loss {loss}, {rate} tokens/s")
