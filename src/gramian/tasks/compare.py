@@ -1,6 +1,5 @@
 """Several transformer blocks on the same text: trained side by side, observed, quantised, reported."""
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,16 @@ from gramian.data.tokens import Corpus, Windows, unigram_entropy
 from gramian.errors import InputError
 from gramian.nn.blocks import block as registered_block
 from gramian.observe.probe import Readings, observe
-from gramian.tasks.language import Job, Validation, describe, prepare, run_folder, trained_model, validation
+from gramian.tasks.language import (
+    Job,
+    Validation,
+    prepare,
+    print_facts,
+    run_folder,
+    text_facts,
+    trained_model,
+    validation,
+)
 from gramian.train.loop import Trainer
 from gramian.train.run import Run, open_run
 from gramian.train.side_by_side import train_side_by_side
@@ -99,7 +107,6 @@ def compare(
     """
     config.check()
     console = console or Console()
-    started = time.perf_counter()
     folder = run_folder(config.runs, config.name)
     with console.status("reading and tokenising the text"):
         corpus = config.data.load()
@@ -108,7 +115,7 @@ def compare(
     run = open_run(folder, config, resume=resume, overwrite=overwrite)
     trainers = {name: prepare(config, name, corpus, folder / name, resume=resume) for name in config.blocks}
     entropy = unigram_entropy(corpus.train, corpus.validation, corpus.vocabulary)
-    console.print(describe(corpus), markup=False, highlight=False)
+    print_facts(console, text_facts(corpus))
     train_side_by_side(trainers, console)
     results = []
     for name, trainer in trainers.items():
@@ -116,7 +123,7 @@ def compare(
         with console.status(f"observing and quantising {name}"):
             results.append(_examine(trainer, config, corpus, judge))
         trainer.run.write_result(asdict(results[-1]))
-    minutes = (time.perf_counter() - started) / 60
+    minutes = sum(trainer.seconds for trainer in trainers.values()) / 60
     comparison = Comparison(
         folder=folder,
         results=tuple(results),
@@ -164,13 +171,13 @@ def _facts(config: CompareConfig, corpus: Corpus, run: Run, minutes: float) -> d
     tokens = training.steps * training.batch * shape.context
     versions = run.versions
     return {
-        "text": describe(corpus),
+        **text_facts(corpus),
         "model": f"{shape.depth} layers, width {shape.width}, {shape.heads} heads, context {shape.context}, "
         f"{shape.norm}, {shape.activation}",
         "training": f"{training.steps:,} steps of {training.batch} sequences, {tokens:,} tokens a block",
         "optimiser": f"AdamW, peak learning rate {training.learning_rate:g}, {training.schedule} decay, "
         f"weight decay {training.weight_decay:g}, {training.precision}",
         "seed": str(training.seed),
-        "took": f"{minutes:.1f} minutes",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "training took": f"{minutes:.1f} minutes for all blocks",
+        "versions": ", ".join(f"{name} {versions[name]}" for name in ("gramian", "torch", "python")),
     }

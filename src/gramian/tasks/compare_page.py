@@ -50,7 +50,7 @@ def terminal_table(comparison: Comparison) -> TerminalTable:
     table = TerminalTable(caption=f"unigram entropy {comparison.unigram_entropy:.3f} nats/token")
     table.add_column("")
     for result in comparison.results:
-        table.add_column(result.block.replace("_", "_\u200b"), justify="right")
+        table.add_column(result.block, justify="right")
     first = comparison.results[0]
     for column, value in COLUMNS[1:]:
         unit = f" ({column.unit.replace(' ', '')})" if column.unit else ""
@@ -110,7 +110,7 @@ def _lead(comparison: Comparison) -> str:
     sound = min(comparison.results, key=lambda result: result.int8_gap)
     sentences.append(
         f"{calm.block} has the mildest outlier neurons (kurtosis {calm.max_neuron_kurtosis:.2f}); "
-        f"{sound.block} loses least in int8 ({sound.int8_gap:+.4f} nats)."
+        f"{sound.block} loses least in int8 ({sound.int8_gap:+.5f} nats)."
     )
     return " ".join(sentences)
 

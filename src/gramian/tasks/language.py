@@ -120,16 +120,23 @@ def run_folder(runs: Path, name: str) -> Path:
     return runs / name
 
 
-def describe(corpus: Corpus) -> str:
+def text_facts(corpus: Corpus) -> dict[str, str]:
     """Say what was read, and what of it was not taken."""
-    taken = (
-        f"{corpus.name}: {corpus.bytes:,} bytes, {corpus.train_documents:,} training and "
-        f"{corpus.validation_documents:,} validation documents, {len(corpus.train):,} and "
-        f"{len(corpus.validation):,} tokens of a vocabulary of {corpus.vocabulary:,}"
-    )
-    left = f"; {corpus.left_out:,} documents beyond max_bytes were left out" if corpus.left_out else ""
-    skipped = f"; {corpus.skipped:,} files or rows without text were skipped" if corpus.skipped else ""
-    return taken + left + skipped
+    left = f"; {corpus.left_out:,} beyond max_bytes left out" if corpus.left_out else ""
+    skipped = f"; {corpus.skipped:,} files or rows without text skipped" if corpus.skipped else ""
+    sides = f"{corpus.train_documents:,} training, {corpus.validation_documents:,} validation"
+    tokens = f"{len(corpus.train):,} training, {len(corpus.validation):,} validation"
+    return {
+        "text": f"{corpus.name}, {corpus.bytes:,} bytes",
+        "documents": sides + left + skipped,
+        "tokens": f"{tokens}; vocabulary {corpus.vocabulary:,}",
+    }
+
+
+def print_facts(console: Console, facts: dict[str, str]) -> None:
+    """Print what was read, a fact a line."""
+    for name, fact in facts.items():
+        console.print(f"{name}: {fact}", markup=False, highlight=False)
 
 
 def language_loss(model: nn.Module, windows: Tensor) -> Tensor:
@@ -225,7 +232,7 @@ def train(
     with console.status("reading and tokenising the text"):
         corpus = config.data.load()
     trainer = prepare(config, config.block, corpus, folder, resume=resume, overwrite=overwrite)
-    console.print(describe(corpus), markup=False, highlight=False)
+    print_facts(console, text_facts(corpus))
     train_side_by_side({config.block: trainer}, console)
     trainer.close()
     trainer.run.write_result({**trainer.latest, "tokens_per_second": trainer.tokens_per_second})

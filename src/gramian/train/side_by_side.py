@@ -39,8 +39,16 @@ def train_side_by_side(trainers: Mapping[str, Trainer], console: Console) -> Non
                     raise StoppedError(f"stopped by {signal} and saved: {steps}; go on with --resume")
                 before = trainer.step
                 trainer.advance(trainer.settings.log_every)
-                loss, rate = f"{trainer.latest['loss']:.3f}", f"{trainer.tokens_per_second:,.0f}"
-                bar.update(tasks[name], completed=trainer.step, loss=loss, rate=rate)
+                shown = _shown(trainer)
+                bar.update(tasks[name], completed=trainer.step, **shown)
                 tenth = trainer.settings.steps / 10
                 if not console.is_terminal and before // tenth < trainer.step // tenth:  # no live bar there
-                    console.print(f"{name}: step {trainer.step}, loss {loss}, {rate} tokens/s")
+                    console.print(
+                        "{}: step {}, loss {loss}, {rate} tokens/s".format(name, trainer.step, **shown)
+                    )
+
+
+def _shown(trainer: Trainer) -> dict[str, str]:
+    """Return a trainer's latest training loss and its throughput in words."""
+    loss = trainer.latest.get("loss")
+    return {"loss": "…" if loss is None else f"{loss:.3f}", "rate": f"{trainer.tokens_per_second:,.0f}"}
