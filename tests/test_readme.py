@@ -57,7 +57,8 @@ def test_python_block(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_links_and_pictures_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)\)", prose):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
 

@@ -1,6 +1,7 @@
 """Several trainers in turn, so that they share the machine's moods, with live progress and a clean stop."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,7 +28,7 @@ def train_side_by_side(trainers: Mapping[str, Trainer], console: Console) -> Non
     )
     with stop_requests() as requested, Progress(*columns, console=console, speed_estimate_period=300) as bar:
         tasks = {
-            name: bar.add_task(name, total=trainer.settings.steps, completed=trainer.step, loss="…", rate="…")
+            name: bar.add_task(name, total=trainer.settings.steps, completed=trainer.step, **_shown(trainer))
             for name, trainer in trainers.items()
         }
         while unfinished := {name: t for name, t in trainers.items() if not t.finished}:
@@ -48,7 +49,7 @@ def train_side_by_side(trainers: Mapping[str, Trainer], console: Console) -> Non
                     )
 
 
-def _shown(trainer: Trainer) -> dict[str, str]:
+def _shown(trainer: Trainer) -> dict[str, Any]:
     """Return a trainer's latest training loss and its throughput in words."""
     loss = trainer.latest.get("loss")
     return {"loss": "…" if loss is None else f"{loss:.3f}", "rate": f"{trainer.tokens_per_second:,.0f}"}
