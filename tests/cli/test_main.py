@@ -78,6 +78,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, story, capsys) -
         assert not (tmp_path / "runs").exists()
 
 
+def test_a_runs_folder_that_cannot_be_is_one_sentence(tmp_path, story, capsys) -> None:
+    (tmp_path / "file").write_text("mine")
+    said = failure([*small("train", tmp_path, story), "--runs", str(tmp_path / "file")], capsys)
+    assert "Not a directory" in said
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, story, capsys) -> None:
     arguments = small("train", tmp_path, story, "--name", "one")
     assert run(arguments) == 0

@@ -46,4 +46,8 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk, a folder that may not be written
+        what = f"{error.filename}: " if error.filename else ""
+        errors.print(f"gramian: {what}{error.strerror or error}", style="red", markup=False)
+        return 1
     return 0

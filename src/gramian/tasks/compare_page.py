@@ -48,12 +48,12 @@ COLUMNS: tuple[tuple[Column, Callable[[BlockResult], Any]], ...] = (
 def terminal_table(comparison: Comparison) -> TerminalTable:
     """Return the results as a table for the terminal, one column a block; ratios are to the first block."""
     table = TerminalTable(caption=f"unigram entropy {comparison.unigram_entropy:.3f} nats/token")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for result in comparison.results:
-        table.add_column(result.block, justify="right")
+        table.add_column(result.block, justify="right", overflow="fold")
     first = comparison.results[0]
     for column, value in COLUMNS[1:]:
-        unit = f" ({column.unit.replace(' ', '')})" if column.unit else ""
+        unit = f" ({column.unit})" if column.unit else ""
         cells = [value(result) for result in comparison.results]
         table.add_row(column.heading + unit, *(f"{c:,}" if isinstance(c, int) else f"{c:.4g}" for c in cells))
         if column.ratio:
