@@ -198,6 +198,7 @@ def test_bfloat16_stays_close_to_float32(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, inside its compiler
 def test_a_compiled_run_stays_close_and_is_observed(tmp_path) -> None:
     class Still(Net):
         def __init__(self) -> None:
