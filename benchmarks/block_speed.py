@@ -107,7 +107,9 @@ def main() -> None:
             lines.append(
                 f"| {mode} | {name} | {count:.2f} | {speed:,.0f} | {against[0]:.2f} | {against[1]:.2f} |"
             )
-    write_results("block_speed", lines, {"transformers": version("transformers")})
+    write_results(
+        f"block_speed-{config.depth}x{config.width}", lines, {"transformers": version("transformers")}
+    )
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class Transformer(nn.Module):
 
 def build(config: TransformerConfig, seed: int) -> Transformer:
     """Return a transformer with initial weights that are a function of the configuration and the seed."""
-    with torch.random.fork_rng():  # torch's own constructors draw weights that are overwritten here
+    with torch.random.fork_rng(devices=[]):  # torch's own constructors draw weights that are overwritten here
         model = Transformer(config)
     initialise_(model, seed, config.std)
     return model

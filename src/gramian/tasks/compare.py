@@ -143,12 +143,13 @@ def compare(
 
 def _examine(trainer: Trainer, config: CompareConfig, corpus: Corpus, judge: Validation) -> BlockResult:
     """Read and quantise the trained model of one block."""
-    model = trained_model(trainer.run)
+    model = trained_model(trainer.run).to(trainer.device)
     loss = judge(model)
-    inputs = [windows[:, :-1] for windows in judge]
+    inputs = (windows[:, :-1].to(trainer.device) for windows in judge)
     readings = observe(model, inputs, streams="blocks.*", attentions="**.mixing")
     training_text = Windows(corpus.train, config.shape.context, config.training.batch, config.training.seed)
-    calibration = [training_text(step)[:, :-1] for step in range(config.calibration_batches)]
+    steps = range(config.calibration_batches)
+    calibration = (training_text(step)[:, :-1].to(trainer.device) for step in steps)
     int8 = judge(quantise(model, calibration, skip=("head",)))
     streams = [values for values in readings.values() if "neuron_kurtosis" in values]
     return BlockResult(

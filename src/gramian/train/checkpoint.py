@@ -73,16 +73,16 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimiser: torch.optim.Optimi
     try:
         tensors = load_file(checkpoint.folder / OPTIMISER)
         state = json.loads((checkpoint.folder / STATE).read_text(encoding="utf-8"))
-        scalars = state.pop("optimiser")
-        for name, parameter in model.named_parameters():
-            entries: dict[str, Any] = dict(scalars.get(name, {}))
-            prefix = f"{name}/"
-            for key in (key for key in tensors if key.startswith(prefix)):
-                device = "cpu" if tensors[key].ndim == 0 else parameter.device
-                entries[key.removeprefix(prefix)] = tensors[key].to(device)
-            if entries:
-                optimiser.state[parameter] = entries
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        entries: dict[str, dict[str, Any]] = state.pop("optimiser")
+        for key, value in tensors.items():
+            name, _, entry = key.rpartition("/")
+            entries.setdefault(name, {})[entry] = value
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        ordered = [names[parameter] for group in optimiser.param_groups for parameter in group["params"]]
+        found = {index: entries[name] for index, name in enumerate(ordered) if name in entries}
+        groups = optimiser.state_dict()["param_groups"]
+        optimiser.load_state_dict({"state": found, "param_groups": groups})
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"the checkpoint {checkpoint.folder} cannot be read: {_first_line(error)}"
         ) from error

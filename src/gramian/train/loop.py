@@ -149,6 +149,11 @@ class Trainer:
         return self.step >= self.settings.steps
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is trained."""
+        return self._accelerator.device
+
+    @property
     def tokens_per_second(self) -> float:
         """Median training throughput over groups of steps without observation; the mean before the first."""
         if self._rates:
