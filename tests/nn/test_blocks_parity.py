@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gramian.nn.activations import ACTIVATIONS
 from gramian.nn.attention import Attention, ShapedMixing, SoftCapMixing
 from gramian.nn.blocks import MLP, Parts, block
 from gramian.nn.init import Reparametrised
@@ -45,11 +46,15 @@ def registered_name(config: dict[str, Any]) -> str:
 
 def composed(config: dict[str, Any], layer: int) -> nn.Module:
     """Our block for one layer, with the parts that the reference case has and the standard block has not."""
-    root_norm = partial(RootRMSNorm, eps=config["norm_eps"])
-    norm = partial(nn.LayerNorm, eps=config["norm_eps"]) if config["norm"] == "layernorm" else root_norm
+    norms = {
+        "rmsnorm": partial(RootRMSNorm, eps=config["norm_eps"]),
+        "layernorm": partial(nn.LayerNorm, eps=config["norm_eps"]),
+        "none": nn.Identity,
+    }
+    first = iter([norms["layernorm"]] if layer == 0 else [])
+    norms["none_except_layernorm_in_layer_0"] = lambda width: next(first, nn.Identity)(width)
     width, heads = config["d_model"], config["n_heads"]
-    slope = config["negative_slope"]
-    assert config["activation"] == "leaky_relu"
+    activations = {"leaky_relu": partial(nn.LeakyReLU, config["negative_slope"]), **ACTIVATIONS}
     parts = Parts(
         width,
         heads,
@@ -57,23 +62,26 @@ def composed(config: dict[str, Any], layer: int) -> nn.Module:
         layer,
         config["mlp_width"],
         config["causal"],
-        norm,
-        partial(nn.LeakyReLU, slope),
+        norms[config["norm"]],
+        activations[config["activation"]],
     )
     built = block(registered_name(config))(parts)
     attention = find(built, Attention)
-    if config["qk_norm"] == "rmsnorm":
-        attention.query_norm, attention.key_norm = root_norm(width // heads), root_norm(width // heads)
+    query_key_norm = norms[config["qk_norm"]]
+    attention.query_norm, attention.key_norm = query_key_norm(width // heads), query_key_norm(width // heads)
     if config["logit_softcap"] is not None:
         attention.mixing = SoftCapMixing(config["logit_softcap"], config["causal"])
     if config["shaped_attention"]:
         attention.mixing = ShapedMixing(heads, config["causal"])
-    if config["value_proj"] != "full matrices":
-        for name, listed in (
-            ("value", "layers_with_value_matrix"),
-            ("projection", "layers_with_projection_matrix"),
-        ):
-            setattr(attention, name, Reparametrised(width) if layer in config[listed] else nn.Identity())
+    full = config["value_proj"] == "full matrices"
+    for name, listed in (
+        ("value", "layers_with_value_matrix"),
+        ("projection", "layers_with_projection_matrix"),
+    ):
+        if layer not in config[listed]:
+            setattr(attention, name, nn.Identity())
+        elif not full:
+            setattr(attention, name, Reparametrised(width))
     for module in built.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = config["norm_eps"]
