@@ -178,6 +178,17 @@ def test_a_signal_saves_all_and_resuming_gives_the_same_weights(tmp_path, number
         assert torch.equal(weights(each), weights(whole))
 
 
+def test_when_one_diverges_the_others_are_saved(tmp_path) -> None:
+    def breaking(model: nn.Module, x: Tensor) -> Tensor:
+        return loss(model, x) * (math.inf if torch.equal(x, batches(5)) else 1)
+
+    pair = {"calm": trainer(tmp_path / "calm"), "wild": trainer(tmp_path / "wild", loss=breaking)}
+    with pytest.raises(DivergedError, match="wild: the loss is not finite at step 5; nothing was saved yet"):
+        train_side_by_side(pair, Console(quiet=True))
+    assert [saved.step for saved in checkpoint.checkpoints(pair["calm"].run.checkpoints)] == [8]
+    assert checkpoint.checkpoints(pair["wild"].run.checkpoints) == []
+
+
 def test_tensorboard_files_are_written_on_request(tmp_path) -> None:
     pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
     one = trainer(tmp_path / "one", replace(SETTINGS, tensorboard=True, steps=8))

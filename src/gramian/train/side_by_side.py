@@ -1,12 +1,12 @@
 """Several trainers in turn, so that they share the machine's moods, with live progress and a clean stop."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gramian.errors import StoppedError
+from gramian.errors import DivergedError, StoppedError
 from gramian.train.loop import Trainer
 from gramian.train.signals import stop_requests
 
@@ -17,7 +17,8 @@ def train_side_by_side(trainers: Mapping[str, Trainer], console: Console) -> Non
     Throughputs measured this way can be compared on a machine whose speed wanders. On SIGINT (Ctrl-C) or
     SIGTERM the step at hand is finished and every trainer saved.
 
-    Raises: StoppedError after a signal; DivergedError when a loss or gradient is not finite.
+    Raises: StoppedError after a signal; DivergedError, the other trainers saved, when a loss or gradient
+        is not finite.
     """
     columns = (
         TextColumn("{task.description:>20}"),
@@ -34,12 +35,15 @@ def train_side_by_side(trainers: Mapping[str, Trainer], console: Console) -> Non
         while unfinished := {name: t for name, t in trainers.items() if not t.finished}:
             for name, trainer in unfinished.items():
                 if signal := requested():
-                    for started in trainers.values():
-                        started.save()
+                    _save(trainers.values())
                     steps = ", ".join(f"{name} at step {t.step}" for name, t in trainers.items())
                     raise StoppedError(f"stopped by {signal} and saved: {steps}; go on with --resume")
                 before = trainer.step
-                trainer.advance(trainer.settings.log_every)
+                try:
+                    trainer.advance(trainer.settings.log_every)
+                except DivergedError as error:
+                    _save(other for other in trainers.values() if other is not trainer)
+                    raise DivergedError(f"{name}: {error}") from error
                 shown = _shown(trainer)
                 bar.update(tasks[name], completed=trainer.step, **shown)
                 tenth = trainer.settings.steps / 10
@@ -47,6 +51,11 @@ def train_side_by_side(trainers: Mapping[str, Trainer], console: Console) -> Non
                     console.print(
                         "{}: step {}, loss {loss}, {rate} tokens/s".format(name, trainer.step, **shown)
                     )
+
+
+def _save(trainers: Iterable[Trainer]) -> None:
+    for trainer in trainers:
+        trainer.save()
 
 
 def _shown(trainer: Trainer) -> dict[str, Any]:
