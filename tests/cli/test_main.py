@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import gramian
 from gramian.cli.main import run
 
 SMALL = ["--width", "32", "--depth", "2", "--heads", "2", "--context", "16", "--vocabulary", "300"]
@@ -35,6 +36,11 @@ def test_compare(tmp_path, story, capsys) -> None:
     assert (tmp_path / "runs" / "compare" / "report.html").exists()
 
 
+def test_version(capsys) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.split() == ["gramian", gramian.__version__]
+
+
 def test_help_names_units_and_defaults(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         run(["compare", "--help"])
@@ -42,7 +48,9 @@ def test_help_names_units_and_defaults(capsys) -> None:
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     for words in ("--steps INT Optimiser steps.", "--text", "--resume", "(default: 0.1)"):
         assert words in text
-    assert "data." not in text  # flat names
+    assert "--data." not in text  # flat names
+    assert "--no-resume" not in text
+    assert "--no-tied" in text
 
 
 def failure(arguments: list[str], capsys) -> str:

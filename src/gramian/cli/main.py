@@ -6,6 +6,7 @@ import sys
 import tyro
 from rich.console import Console
 
+from gramian import __version__
 from gramian.cli.compare import compare
 from gramian.cli.list import list_names
 from gramian.cli.train import train
@@ -25,6 +26,9 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
+    if arguments == ["--version"]:
+        print(f"gramian {__version__}")
+        return 0
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         tyro.extras.subcommand_cli_from_dict(
@@ -32,7 +36,7 @@ def run(arguments: list[str]) -> int:
             prog="gramian",
             description="Compare, train and observe deep networks through their Gram matrices.",
             args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
     except StoppedError as error:
         errors.print(f"gramian: {error}", style="yellow", markup=False)

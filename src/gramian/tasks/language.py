@@ -70,9 +70,9 @@ class Shape:
     positions: str = "learned"
     """learned or sinusoidal."""
     tied: bool = True
-    """Let the head use the token embedding's matrix."""
+    """Whether the head uses the token embedding's matrix (--no-tied: one of its own)."""
     final_norm: bool = True
-    """Normalise before the head."""
+    """Whether a norm stands before the head (--no-final-norm: none)."""
     init_std: float | None = None
     """Standard deviation of initial weights; 0.02 · √(768/width) when not given."""
 
