@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from gramian.errors import DivergedError, InputError, StoppedError
+from gramian.errors import DivergedError, InputError, MissingExtraError, StoppedError
 from gramian.observe.probe import Probe
 from gramian.train import checkpoint
 from gramian.train.loop import Trainer, Training
@@ -195,6 +195,13 @@ def test_tensorboard_files_are_written_on_request(tmp_path) -> None:
     one.advance(8)
     one.close()
     assert list(one.run.folder.rglob("events.out.tfevents*"))
+
+
+def test_a_missing_extra_is_named(monkeypatch) -> None:
+    monkeypatch.setattr("gramian.train.loop.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r'pip install "gramian\[tensorboard\]"'):
+        replace(SETTINGS, tensorboard=True).check()
+    SETTINGS.check()
 
 
 def test_bfloat16_stays_close_to_float32(tmp_path) -> None:

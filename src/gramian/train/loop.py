@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gramian.errors import DivergedError, InputError
+from gramian.errors import DivergedError, InputError, MissingExtraError
 from gramian.observe.probe import Probe
 from gramian.train import checkpoint
 from gramian.train.optimisers import adamw, check_adamw
@@ -65,7 +66,7 @@ class Training:
     """Also write TensorBoard files into the run folder."""
 
     def check(self) -> None:
-        """Raise InputError naming the first setting that cannot be used."""
+        """Raise InputError (MissingExtraError) naming the first setting that cannot be used."""
         counts = ("steps", "batch", "accumulation", "evaluate_every", "observe_every", "checkpoint_every")
         for name in (*counts, "log_every"):
             if getattr(self, name) < 1:
@@ -80,6 +81,10 @@ class Training:
             raise InputError(f"unknown precision {self.precision!r}; choose fp32 or bf16")
         if self.device not in ("auto", "cpu"):
             raise InputError(f"unknown device {self.device!r}; choose auto or cpu")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise MissingExtraError(
+                'writing TensorBoard files needs tensorboard: pip install "gramian[tensorboard]"'
+            )
         if self.seed < 0:
             raise InputError(f"seed cannot be negative, got {self.seed}")
         multiplier(0, self.steps, self.warmup, self.schedule)
