@@ -1,0 +1,92 @@
+"""Transformer blocks written out slowly: head by head, query by query, explicit matrices, no module called."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.nn.attention import ShapedMixing, SoftCapMixing
+from gramian.nn.init import Reparametrised
+
+
+def norm(module: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(module, nn.LayerNorm):
+        centred = x - x.mean(-1, keepdim=True)
+        root = (centred.square().mean(-1, keepdim=True) + module.eps).sqrt()
+        return centred / root * module.weight + module.bias
+    if isinstance(module, nn.RMSNorm):
+        return x / (x.square().mean(-1, keepdim=True) + module.eps).sqrt() * module.weight
+    assert isinstance(module, nn.Identity)
+    return x
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(module, nn.Identity):
+        return x
+    if isinstance(module, Reparametrised):
+        start = torch.eye(x.shape[-1], dtype=x.dtype) if module.base is None else module.base
+        return x @ (module.alpha * start + module.beta * module.delta.weight).T
+    assert isinstance(module, nn.Linear)
+    return x @ module.weight.T + (0 if module.bias is None else module.bias)
+
+
+def mixing_matrix(mixing: Any, head: int, q: Tensor, k: Tensor) -> Tensor:
+    """Return what multiplies the values of one head: (tokens, tokens)."""
+    tokens = len(q)
+    matrix = torch.zeros(tokens, tokens, dtype=q.dtype)
+    for i in range(tokens):
+        seen = range(i + 1 if mixing.causal else tokens)
+        logits = torch.stack([q[i] @ k[j] / q.shape[1] ** 0.5 for j in seen])
+        if isinstance(mixing, SoftCapMixing):
+            logits = mixing.cap * torch.tanh(logits / mixing.cap)
+        weights = logits.exp() / logits.exp().sum()
+        for j in seen:
+            matrix[i, j] = weights[j]
+    if isinstance(mixing, ShapedMixing):
+        uniform = torch.ones(tokens, tokens, dtype=q.dtype)
+        uniform = uniform.tril() if mixing.causal else uniform
+        uniform = uniform / uniform.sum(1, keepdim=True)
+        gamma = 0 if mixing.gamma is None else mixing.gamma[head]
+        identity = torch.eye(tokens, dtype=q.dtype)
+        matrix = mixing.alpha[head] * identity + mixing.beta[head] * matrix - gamma * uniform
+    return matrix
+
+
+def attention(module: Any, x: Tensor) -> Tensor:
+    """x (tokens, width) -> (tokens, width)."""
+    q, k, v = linear(module.query, x), linear(module.key, x), linear(module.value, x)
+    size = x.shape[1] // module.heads
+    heads = []
+    for head in range(module.heads):
+        part = slice(head * size, (head + 1) * size)
+        query, key = norm(module.query_norm, q[:, part]), norm(module.key_norm, k[:, part])
+        heads.append(mixing_matrix(module.mixing, head, query, key) @ v[:, part])
+    return linear(module.projection, torch.cat(heads, -1))
+
+
+def mlp(module: Any, x: Tensor) -> Tensor:
+    return linear(module.down, linear(module.up, x).clamp(min=0))
+
+
+def block(name: str, module: Any, x: Tensor) -> Tensor:
+    """One sequence through a block, from the equation of its docstring and the parts' places in it."""
+    if name in ("pre_norm", "sas", "value_skipinit", "outlier_protected"):
+        first, second = module
+        before = norm(first.branch[0], x)
+        middle = first.skip * x + first.gain * attention(first.branch[1], before)
+        if name == "outlier_protected":
+            return second.skip * middle + second.gain * mlp(second.branch, middle)
+        inner = mlp(second.branch[1], norm(second.branch[0], middle))
+        return second.skip * middle + second.gain * inner
+    if name == "post_norm":
+        first, norm1, second, norm2 = module
+        middle = norm(norm1, x + attention(first.branch, x))
+        return norm(norm2, middle + mlp(second.branch, middle))
+    if name == "parallel":
+        normed = norm(module.branch[0], x)
+        attend, feed = module.branch[1].branches
+        return x + attention(attend, normed) + mlp(feed, normed)
+    assert name in ("sas_p", "sas_p_no_norm")
+    normed = norm(module[0], x)
+    attend, feed = module[1].branches
+    return attend.gain * attention(attend.branch, normed) + feed.gain * mlp(feed.branch, normed)
