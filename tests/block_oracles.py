@@ -1,4 +1,4 @@
-"""Transformer blocks written out slowly: head by head, query by query, explicit matrices, no module called."""
+"""Transformer blocks written out slowly: head by head, query by query, in explicit matrices."""
 
 from typing import Any
 

@@ -138,6 +138,9 @@ def test_bad_comparisons_are_named_before_anything_is_written(config) -> None:
         ({"blocks": ("sas", "resnet")}, "unknown block 'resnet'"),
         ({"calibration_batches": 0}, "calibration_batches"),
         ({"shape": replace(config.shape, width=33)}, "not divisible"),
+        ({"shape": replace(config.shape, norm="batch")}, "unknown norm 'batch'"),
+        ({"shape": replace(config.shape, activation="step")}, "unknown activation 'step'"),
+        ({"shape": replace(config.shape, context=10**6)}, "context 1000000 needs"),
     ):
         with pytest.raises(InputError, match=words):
             compare(replace(config, name="bad", **change), console=QUIET)

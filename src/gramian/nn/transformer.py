@@ -37,6 +37,8 @@ class TransformerConfig:
     """Standard deviation of initial weights; 0.02 · √(768/width) when not given."""
 
     def __post_init__(self) -> None:
+        for lookup, name in ((block, self.block), (norm, self.norm), (activation, self.activation)):
+            lookup(name)  # an unknown name raises
         for name in ("vocabulary", "context", "width", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from gramian.compress.quantise import quantise
-from gramian.data.tokens import Corpus, Windows, unigram_entropy
+from gramian.data.tokens import Corpus, unigram_entropy
 from gramian.errors import InputError
 from gramian.nn.blocks import block as registered_block
 from gramian.observe.probe import Readings, observe
@@ -19,6 +19,7 @@ from gramian.tasks.language import (
     run_folder,
     text_facts,
     trained_model,
+    training_windows,
     validation,
 )
 from gramian.train.loop import Trainer
@@ -111,7 +112,8 @@ def compare(
     with console.status("reading and tokenising the text"):
         corpus = config.data.load()
     judge = validation(config, corpus)
-    config.shape.model(config.blocks[0], corpus.vocabulary)  # settings that do not fit fail before a write
+    training_windows(config, corpus)  # like the next line: what does not fit fails before anything is written
+    config.shape.model(config.blocks[0], corpus.vocabulary)
     run = open_run(folder, config, resume=resume, overwrite=overwrite)
     trainers = {name: prepare(config, name, corpus, folder / name, resume=resume) for name in config.blocks}
     entropy = unigram_entropy(corpus.train, corpus.validation, corpus.vocabulary)
@@ -147,7 +149,7 @@ def _examine(trainer: Trainer, config: CompareConfig, corpus: Corpus, judge: Val
     loss = judge(model)
     inputs = (windows[:, :-1].to(trainer.device) for windows in judge)
     readings = observe(model, inputs, streams="blocks.*", attentions="**.mixing")
-    training_text = Windows(corpus.train, config.shape.context, config.training.batch, config.training.seed)
+    training_text = training_windows(config, corpus)
     steps = range(config.calibration_batches)
     calibration = (training_text(step)[:, :-1].to(trainer.device) for step in steps)
     int8 = judge(quantise(model, calibration, skip=("head",)))

@@ -177,6 +177,14 @@ class Validation:
         }
 
 
+def training_windows(job: Job, corpus: Corpus) -> Windows:
+    """Return the batches that a job trains on.
+
+    Raises: InputError when the text is shorter than one context.
+    """
+    return Windows(corpus.train, job.shape.context, job.training.batch, job.training.seed)
+
+
 def validation(job: Job, corpus: Corpus) -> Validation:
     """Return the validation sample of a job."""
     windows = Windows(corpus.validation, job.shape.context, job.training.batch, seed=0)
@@ -192,7 +200,7 @@ def prepare(
     """
     shape = job.shape.model(block, corpus.vocabulary)
     model = build(shape, job.training.seed)
-    training_windows = Windows(corpus.train, job.shape.context, job.training.batch, job.training.seed)
+    batches = training_windows(job, corpus)
     judge = validation(job, corpus)
     probe = Probe(model, "blocks.*", attentions="**.mixing", every=job.training.observe_every)
 
@@ -207,7 +215,7 @@ def prepare(
     return Trainer(
         model,
         language_loss,
-        training_windows,
+        batches,
         evaluate,
         probe,
         job.training,

@@ -115,7 +115,7 @@ class Trainer:
         model: nn.Module,
         loss: Callable[[nn.Module, Tensor], Tensor],
         batches: Callable[[int], Tensor],
-        evaluate: Callable[[nn.Module], dict[str, float]],
+        evaluate: Callable[[nn.Module], dict[str, Any]],
         probe: Probe | None,
         settings: Training,
         run: Run,
@@ -218,7 +218,11 @@ class Trainer:
         self.step = saved[-1].step
         self._record.keep_first(self._rows)
         for row in self._record.read():
-            self.latest.update({key: value for key, value in row.items() if isinstance(value, float)})
+            self._remember(row)
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        """Keep the latest of every number but the step."""
+        self.latest.update({key: value for key, value in row.items() if isinstance(value, float)})
 
     def _take_step(self) -> None:
         settings, accelerator = self.settings, self._accelerator
@@ -282,7 +286,6 @@ class Trainer:
         for index, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
             row = {"kind": "train", "step": first + index, "loss": loss, "gradient_norm": norm}
             self._write({**row, "seconds": self.seconds - elapsed * (1 - (index + 1) / len(losses))})
-        self.latest["loss"] = losses[-1]
         self._pending.clear()
         self._group_start, self._group_observed = time.perf_counter(), False
 
@@ -298,10 +301,10 @@ class Trainer:
         with torch.no_grad(), self._arithmetic():
             numbers = self._evaluate(self._forward)
         self.model.train()
-        self.latest.update(numbers)
         self._write({"kind": "evaluate", "step": self.step, "seconds": self.seconds, **numbers})
 
     def _write(self, row: dict[str, Any]) -> None:
+        self._remember(row)
         if not self._accelerator.is_main_process:
             return
         self._record.append(row)
