@@ -7,6 +7,7 @@ Eager and compiled, interleaved in one process. GPT-2 has biases everywhere, GEL
 import argparse
 import statistics
 import time
+from dataclasses import replace
 from importlib.metadata import version
 
 import torch
@@ -76,7 +77,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
     chosen = parser.parse_args()
-    config = TransformerConfig(chosen.vocabulary, chosen.context, chosen.width, chosen.depth, chosen.heads)
+    config = TransformerConfig(
+        vocabulary=chosen.vocabulary,
+        context=chosen.context,
+        width=chosen.width,
+        depth=chosen.depth,
+        heads=chosen.heads,
+    )
     generator = torch.Generator().manual_seed(0)
     size = (chosen.batch, chosen.context + 1)
     windows = torch.randint(chosen.vocabulary, size, generator=generator).to(DEVICE)
@@ -90,7 +97,7 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     for compiled in (False, True):
-        shapes = {name: TransformerConfig(**{**vars(config), "block": name}) for name in BLOCKS}
+        shapes = {name: replace(config, block=name) for name in BLOCKS}
         models: dict[str, nn.Module] = {name: build(shape, 0) for name, shape in shapes.items()}
         models[PEER] = Gpt2(config)
         ways = {name: Step(model, windows, compiled) for name, model in models.items()}

@@ -20,8 +20,14 @@ from gramian.train.optimisers import adamw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {
-    "demo (6 layers, width 128, 4 × 128 tokens)": (TransformerConfig(2048, 128, 128, 6, 4), 4),
-    "small (6 layers, width 256, 16 × 128 tokens)": (TransformerConfig(4096, 128, 256, 6, 4), 16),
+    "demo (6 layers, width 128, 4 × 128 tokens)": (
+        TransformerConfig(vocabulary=2048, context=128, width=128, depth=6, heads=4),
+        4,
+    ),
+    "small (6 layers, width 256, 16 × 128 tokens)": (
+        TransformerConfig(vocabulary=4096, context=128, width=256, depth=6, heads=4),
+        16,
+    ),
 }
 EVERY = 50
 

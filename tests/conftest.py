@@ -1,9 +1,12 @@
 """One thread a worker, so that `pytest -n 2` does not make two cores fight, and a cache of the tests' own."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+
+from stories import write_story
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -15,13 +18,5 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture
-def story(tmp_path):
-    """A folder of small texts that a small model can learn from."""
-    folder = tmp_path / "story"
-    folder.mkdir()
-    for number in range(12):
-        lines = [
-            f"the {kind} number {n} is {(n * 7 + number) % 10}" for n in range(60) for kind in ("cat", "dog")
-        ]
-        (folder / f"{number}.txt").write_text("\n".join(lines), encoding="utf-8")
-    return folder
+def story(tmp_path: Path) -> Path:
+    return write_story(tmp_path / "story")

@@ -86,7 +86,9 @@ def test_depth_sets_the_gains() -> None:
 @pytest.mark.parametrize(("name", "millions"), [("pre_norm", 166.6), ("sas", 145.9), ("sas_p", 145.9)])
 def test_parameter_counts_at_gpt2_size(name, millions) -> None:
     with torch.device("meta"):
-        model = Transformer(TransformerConfig(50_000, 1024, 768, 18, 12, block=name))
+        model = Transformer(
+            TransformerConfig(vocabulary=50_000, context=1024, width=768, depth=18, heads=12, block=name)
+        )
     total = sum(parameter.numel() for parameter in model.parameters())
     assert total / 1e6 == pytest.approx(millions, abs=0.11)
     # the published count leaves out gains, biases and norms: every parameter with less than two axes

@@ -7,12 +7,14 @@ from rich.console import Console
 
 from browser import BROWSER, check_page
 from gramian.compress.quantise import quantise
-from gramian.errors import InputError
+from gramian.errors import InputError, StoppedError
+from gramian.nn.transformer import Shape
 from gramian.tasks.compare import CompareConfig, compare
 from gramian.tasks.compare_page import report_page, terminal_table, write_report
-from gramian.tasks.language import Shape, Text, trained_model, validation
+from gramian.tasks.language import Text, trained_model, validation
 from gramian.train.loop import Training
 from gramian.train.run import Run
+from stories import write_story
 
 QUIET = Console(quiet=True)
 BLOCKS = ("pre_norm", "sas_p", "outlier_protected")
@@ -21,13 +23,7 @@ BLOCKS = ("pre_norm", "sas_p", "outlier_protected")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> CompareConfig:
     folder = tmp_path_factory.mktemp("compare")
-    story = folder / "<b>story & co"
-    story.mkdir()
-    for number in range(12):
-        lines = [
-            f"the {kind} number {n} is {(n + number) % 10}" for n in range(60) for kind in ("cat", "dog")
-        ]
-        (story / f"{number}.txt").write_text("\n".join(lines), encoding="utf-8")
+    story = write_story(folder / "<b>story & co")
     return CompareConfig(
         data=Text(text=(story,), vocabulary=300),
         shape=Shape(width=32, depth=2, heads=2, context=16),
@@ -96,7 +92,7 @@ def test_a_stopped_comparison_goes_on(config, comparison, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr("gramian.train.side_by_side.stop_requests", Requests)
-        with pytest.raises(Exception, match="stopped by SIGTERM and saved"):
+        with pytest.raises(StoppedError, match="stopped by SIGTERM and saved"):
             compare(other, console=QUIET)
     resumed = compare(other, resume=True, console=QUIET)
     for one, two in zip(comparison.results, resumed.results, strict=True):

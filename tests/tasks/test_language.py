@@ -8,8 +8,8 @@ from rich.console import Console
 
 from gramian.data.tokens import unigram_entropy
 from gramian.errors import InputError
+from gramian.nn.transformer import Shape
 from gramian.tasks.language import (
-    Shape,
     Text,
     TrainConfig,
     language_loss,

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from gramian.errors import InputError
+from gramian.errors import DivergedError, InputError
 from gramian.nn.transformer import TransformerConfig, build
 from gramian.train.checkpoint import MODEL, OPTIMISER, STATE, checkpoints, load, save
 from gramian.train.optimisers import adamw
 
-SHAPE = TransformerConfig(20, 8, 12, 2, 2, block="sas")
+SHAPE = TransformerConfig(vocabulary=20, context=8, width=12, depth=2, heads=2, block="sas")
 
 
 def trained(seed: int, steps: int = 2):
@@ -55,7 +55,7 @@ def test_keeps_the_newest_and_leaves_nothing_half_written(tmp_path, monkeypatch)
 def test_broken_weights_are_not_saved(tmp_path) -> None:
     model, optimiser = trained(0)
     model.blocks[0][1].branch[1].up.weight.data[0, 0] = float("nan")
-    with pytest.raises(InputError, match=r"blocks\.0\.1\.branch\.1\.up\.weight are not finite"):
+    with pytest.raises(DivergedError, match=r"blocks\.0\.1\.branch\.1\.up\.weight are not finite"):
         save(tmp_path, 3, model, optimiser, {})
     assert checkpoints(tmp_path) == []
 

@@ -9,7 +9,12 @@ from gramian.train.optimisers import adamw, parameter_groups
 
 def test_gains_norms_and_biases_are_never_decayed() -> None:
     for block in ("pre_norm", "sas", "outlier_protected"):
-        model = build(TransformerConfig(20, 8, 12, 2, 2, block=block, norm="layernorm"), 0)
+        model = build(
+            TransformerConfig(
+                vocabulary=20, context=8, width=12, depth=2, heads=2, block=block, norm="layernorm"
+            ),
+            0,
+        )
         names = {parameter: name for name, parameter in model.named_parameters()}
         decayed, free = parameter_groups(model, 0.1)
         assert [decayed["weight_decay"], free["weight_decay"]] == [0.1, 0.0]

@@ -14,27 +14,45 @@ from gramian.nn.init import fan_in_std, initialise_
 from gramian.nn.norms import norm
 
 
-@dataclass(frozen=True)
-class TransformerConfig:
-    """The shape of a decoder transformer; every size counts what its name says."""
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How a transformer is built, whatever its text and block; the defaults train in minutes on a CPU."""
 
-    vocabulary: int
-    context: int
-    width: int
-    depth: int
-    heads: int
-    block: str = "pre_norm"
+    width: int = 128
+    """Features of the residual stream."""
+    depth: int = 6
+    """Blocks."""
+    heads: int = 4
+    """Attention heads; they divide the width."""
+    context: int = 128
+    """Tokens a sequence has at most."""
     mlp_width: int | None = None
-    """Hidden width of the MLPs; four times the width when not given."""
+    """Hidden features of the MLPs; four times the width when not given."""
     norm: str = "rmsnorm"
+    """rmsnorm, layernorm or none."""
     activation: str = "relu"
+    """relu, gelu, gelu_tanh, silu or tanh."""
     positions: str = "learned"
     """learned or sinusoidal."""
     tied: bool = True
-    """Whether the head uses the token embedding's matrix."""
+    """Whether the head uses the token embedding's matrix, or one of its own."""
     final_norm: bool = True
+    """Whether a norm stands before the head."""
     init_std: float | None = None
     """Standard deviation of initial weights; 0.02 · √(768/width) when not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(Shape):
+    """A decoder transformer: a shape, its vocabulary and its block.
+
+    Raises: InputError for a size below 1, sizes that do not fit each other, and unknown names.
+    """
+
+    vocabulary: int
+    """Tokens there are."""
+    block: str = "pre_norm"
+    """Name of the block in `gramian.nn.blocks.BLOCKS`."""
 
     def __post_init__(self) -> None:
         for lookup, name in ((block, self.block), (norm, self.norm), (activation, self.activation)):
@@ -84,7 +102,13 @@ def sinusoids(context: int, width: int) -> Float[Tensor, "context width"]:
 
 
 class Positions(nn.Module):
-    """Fixed sinusoidal positions at the RMS that token embeddings start with."""
+    """Fixed sinusoidal positions at the RMS that token embeddings start with.
+
+        P_t = √2 · rms · p_t,   p_t as in `sinusoids`
+
+    Shapes: (tokens) -> (tokens, width).
+    Holds: exactly.
+    """
 
     def __init__(self, context: int, width: int, rms: float) -> None:
         super().__init__()

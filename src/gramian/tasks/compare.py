@@ -14,6 +14,7 @@ from gramian.observe.probe import Readings, observe
 from gramian.tasks.language import (
     Job,
     Validation,
+    model_config,
     prepare,
     print_facts,
     run_folder,
@@ -113,7 +114,7 @@ def compare(
         corpus = config.data.load()
     judge = validation(config, corpus)
     training_windows(config, corpus)  # like the next line: what does not fit fails before anything is written
-    config.shape.model(config.blocks[0], corpus.vocabulary)
+    model_config(config, config.blocks[0], corpus)
     run = open_run(folder, config, resume=resume, overwrite=overwrite)
     trainers = {name: prepare(config, name, corpus, folder / name, resume=resume) for name in config.blocks}
     entropy = unigram_entropy(corpus.train, corpus.validation, corpus.vocabulary)

@@ -15,7 +15,7 @@ from gramian.errors import InputError
 from gramian.files import write_json, write_text
 from gramian.nn.blocks import block as registered_block
 from gramian.nn.blocks import gains
-from gramian.nn.transformer import Transformer, TransformerConfig, build
+from gramian.nn.transformer import Shape, Transformer, TransformerConfig, build
 from gramian.observe.probe import Probe
 from gramian.train.checkpoint import checkpoints, load_weights
 from gramian.train.loop import Trainer, Training
@@ -50,38 +50,6 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What is built."""
-
-    width: int = 128
-    """Features of the residual stream."""
-    depth: int = 6
-    """Blocks."""
-    heads: int = 4
-    """Attention heads; they divide the width."""
-    context: int = 128
-    """Tokens a sequence has."""
-    mlp_width: int | None = None
-    """Hidden features of the MLPs; four times the width when not given."""
-    norm: str = "rmsnorm"
-    """rmsnorm, layernorm or none."""
-    activation: str = "relu"
-    """relu, gelu, gelu_tanh, silu or tanh."""
-    positions: str = "learned"
-    """learned or sinusoidal."""
-    tied: bool = True
-    """Whether the head uses the token embedding's matrix (--no-tied: one of its own)."""
-    final_norm: bool = True
-    """Whether a norm stands before the head (--no-final-norm: none)."""
-    init_std: float | None = None
-    """Standard deviation of initial weights; 0.02 · √(768/width) when not given."""
-
-    def model(self, block: str, vocabulary: int) -> TransformerConfig:
-        """Return the transformer of this shape."""
-        return TransformerConfig(block=block, vocabulary=vocabulary, **asdict(self))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Job:
     """What every job on text is told."""
 
@@ -108,6 +76,14 @@ class TrainConfig(Job):
     """Block of the transformer; `gramian list` shows them."""
     name: str = "train"
     """Name of the run folder."""
+
+
+def model_config(job: Job, block: str, corpus: Corpus) -> TransformerConfig:
+    """Return the transformer that a job builds of one block for a text.
+
+    Raises: InputError as `TransformerConfig`.
+    """
+    return TransformerConfig(vocabulary=corpus.vocabulary, block=block, **asdict(job.shape))
 
 
 def run_folder(runs: Path, name: str) -> Path:
@@ -198,7 +174,7 @@ def prepare(
 
     Raises: InputError for settings that do not fit, before anything is written.
     """
-    shape = job.shape.model(block, corpus.vocabulary)
+    shape = model_config(job, block, corpus)
     model = build(shape, job.training.seed)
     batches = training_windows(job, corpus)
     judge = validation(job, corpus)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from gramian.errors import InputError
+from gramian.errors import DivergedError, InputError
 from gramian.files import atomic_folder, write_json
 
 MODEL, OPTIMISER, STATE = "model.safetensors", "optimiser.safetensors", "state.json"
@@ -45,11 +45,13 @@ def save(
 ) -> Checkpoint:
     """Write one checkpoint below `folder`, then drop all but the newest `keep` (0 keeps all).
 
-    Raises: InputError when a weight is not finite: such a checkpoint would hide the last good one.
+    Raises: DivergedError when a weight is not finite: such a checkpoint would hide the last good one.
     """
     broken = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if broken:
-        raise InputError(f"the weights of {broken[0]} are not finite, so step {step} was not saved")
+        kept = checkpoints(folder)
+        last = f"the last good checkpoint is {kept[-1].folder}" if kept else "nothing was saved yet"
+        raise DivergedError(f"the weights of {broken[0]} are not finite at step {step}; {last}")
     target = folder / f"step-{step:08d}"
     if target.exists():  # the same step of the same run: nothing new to say
         return Checkpoint(target, step)

@@ -1,6 +1,7 @@
 """One training loop on Accelerate: it advances, reads, saves, stops and resumes."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -162,13 +163,14 @@ class Trainer:
     def tokens_per_second(self) -> float:
         """Median training throughput over groups of steps without observation; the mean before the first."""
         if self._rates:
-            return sorted(self._rates)[len(self._rates) // 2]
+            return statistics.median(self._rates)
         return self._tokens * self.step / self.seconds if self.seconds else 0.0
 
     def advance(self, steps: int) -> None:
         """Take up to `steps` optimiser steps, with the readings and checkpoints that fall due.
 
-        Raises: DivergedError at the first step whose loss or gradient is not finite; what was saved stays.
+        Raises: DivergedError at the first step whose loss or gradient is not finite, or when a weight is not
+            finite at a checkpoint; what was saved stays.
         """
         self.model.train()
         self._group_start, self._group_observed = time.perf_counter(), False
@@ -182,13 +184,14 @@ class Trainer:
                     ("checkpoint", self.settings.checkpoint_every),
                 )
             }
-            if any(due.values()):
-                self._flush()
+            if not any(due.values()):
+                continue
+            self._flush()
             if due["evaluate"]:
                 self._write_evaluation()
             if due["checkpoint"]:
                 self.save()
-            self._group_start = time.perf_counter() if any(due.values()) else self._group_start
+            self._group_start = time.perf_counter()
         self._flush()
 
     def save(self) -> None:
