@@ -54,23 +54,30 @@ def mixing_matrix(mixing: Any, head: int, q: Tensor, k: Tensor) -> Tensor:
 
 def attention(module: Any, x: Tensor) -> Tensor:
     """x (tokens, width) -> (tokens, width)."""
-    q, k, v = linear(module.query, x), linear(module.key, x), linear(module.value, x)
-    size = x.shape[1] // module.heads
-    heads = []
-    for head in range(module.heads):
-        part = slice(head * size, (head + 1) * size)
-        query, key = norm(module.query_norm, q[:, part]), norm(module.key_norm, k[:, part])
-        heads.append(mixing_matrix(module.mixing, head, query, key) @ v[:, part])
+    width, size = x.shape[1], module.head_width
+    joined, v = linear(module.query_key, x), linear(module.value, x)
+    q, k = joined[:, :width], joined[:, width:]
+    heads, count = [], width // size
+    for head in range(count):
+        key_head, value_head = head * k.shape[1] // width, head * v.shape[1] // width
+        query = norm(module.query_norm, q[:, head * size : (head + 1) * size])
+        key = norm(module.key_norm, k[:, key_head * size : (key_head + 1) * size])
+        value = v[:, value_head * size : (value_head + 1) * size]
+        heads.append(mixing_matrix(module.mixing, head, query, key) @ value)
     return linear(module.projection, torch.cat(heads, -1))
 
 
 def mlp(module: Any, x: Tensor) -> Tensor:
-    return linear(module.down, linear(module.up, x).clamp(min=0))
+    hidden = linear(module.up, x)
+    if not module.gated:
+        return linear(module.down, hidden.clamp(min=0))
+    half = hidden.shape[-1] // 2
+    return linear(module.down, hidden[:, :half].clamp(min=0) * hidden[:, half:])
 
 
 def block(name: str, module: Any, x: Tensor) -> Tensor:
     """One sequence through a block, from the equation of its docstring and the parts' places in it."""
-    if name in ("pre_norm", "sas", "value_skipinit", "outlier_protected"):
+    if name in ("pre_norm", "sas", "sas_reparametrised", "value_skipinit", "outlier_protected"):
         first, second = module
         before = norm(first.branch[0], x)
         middle = first.skip * x + first.gain * attention(first.branch[1], before)

@@ -42,7 +42,7 @@ def test_sas_equals_sas_p_at_the_start() -> None:
         gap = (one - two).abs().max() / two.abs().max()
         assert gap < 2e-6 / smallest
     trained = at_start(sas, bare)  # control: away from zero queries they differ
-    nn.init.normal_(trained[0].branch[1].query.weight, generator=torch.Generator().manual_seed(5))
+    nn.init.normal_(trained[0].branch[1].query_key.weight, generator=torch.Generator().manual_seed(5))
     assert (trained(x) - at_start(sas_p, bare)(x)).abs().max() > 1e-3
 
 
@@ -51,7 +51,7 @@ def test_blocks_are_causal(name) -> None:
     built = at_start(BLOCKS[name])
     for module in built.modules():
         if isinstance(module, Attention):  # away from the identity
-            nn.init.normal_(module.query.weight, generator=torch.Generator().manual_seed(2))
+            nn.init.normal_(module.query_key.weight, generator=torch.Generator().manual_seed(2))
         if isinstance(module, ShapedMixing):
             nn.init.ones_(module.beta)
     x = normal(1, 12, 24)

@@ -13,6 +13,9 @@ from gramian.nn.norms import NORMS
 PARTS = Parts(width=12, heads=3, depth=4, layer=0, mlp_width=20)
 
 
+GROUPED = Parts(width=12, heads=6, depth=4, layer=1, mlp_width=20, key_heads=2, gated=True)
+
+
 def random_block(name: str, parts: Parts) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     built = BLOCKS[name](parts).double()
@@ -26,7 +29,17 @@ def random_block(name: str, parts: Parts) -> nn.Module:
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_equals_its_equation(name, layer, norm, causal) -> None:
-    built = random_block(name, replace(PARTS, layer=layer, norm=NORMS[norm], causal=causal))
+    equals_its_equation(name, replace(PARTS, layer=layer, norm=NORMS[norm], causal=causal))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_grouped_queries_and_a_gated_mlp(name, causal) -> None:
+    equals_its_equation(name, replace(GROUPED, causal=causal))
+
+
+def equals_its_equation(name: str, parts: Parts) -> None:
+    built = random_block(name, parts)
     x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     got = built(ours)

@@ -108,9 +108,8 @@ def fill(built: nn.Module, layer: dict[str, Tensor], config: dict[str, Any]) -> 
     attention, mlp = find(built, Attention), find(built, MLP)
     heads, shaped = config["n_heads"], config["shaped_attention"]
     with torch.no_grad():
-        for mine, theirs in ((attention.query, "q"), (attention.key, "k")):
-            mine.weight.copy_(take(f"{theirs}_weight").T)
-            mine.bias.copy_(take(f"{theirs}_bias"))
+        attention.query_key.weight.copy_(torch.cat((take("q_weight"), take("k_weight")), 1).T)
+        attention.query_key.bias.copy_(torch.cat((take("q_bias"), take("k_bias"))))
         for mine, theirs in ((attention.query_norm, "q_norm_scale"), (attention.key_norm, "k_norm_scale")):
             if theirs in layer:
                 mine.weight.copy_(take(theirs))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,14 +12,16 @@ from gramian.nn.activations import ACTIVATIONS, Activation
 from gramian.nn.attention import Attention, ShapedMixing, SoftmaxMixing
 from gramian.nn.init import Reparametrised
 from gramian.nn.norms import NORMS, Norm, identity
-from gramian.nn.residual import Residual, Sum, down_weighted_gain, trainable
+from gramian.nn.residual import Chain, Residual, Sum, down_weighted_gain, trainable
 
 
 @dataclass(frozen=True)
 class Parts:
     """What a block is told about its surroundings and composed of.
 
-    `layer` counts from 0 to `depth` − 1; `mlp_width` is the hidden width of the MLP.
+    `layer` counts from 0 to `depth` − 1; `mlp_width` is the hidden width of the MLP; `key_heads` heads of
+    keys and values are shared by groups of query heads; `mlp_gain` is the β_FF of the simplified blocks at
+    18 layers.
     """
 
     width: int
@@ -29,6 +32,9 @@ class Parts:
     causal: bool = True
     norm: Norm = NORMS["rmsnorm"]
     activation: Activation = ACTIVATIONS["relu"]
+    gated: bool = False
+    key_heads: int | None = None
+    mlp_gain: float = 0.1
 
 
 Block = Callable[[Parts], nn.Module]
@@ -39,42 +45,52 @@ class MLP(nn.Module):
 
         MLP(x) = φ(x W_up) W_down
 
+    When gated, half of the hidden features gate the other half, MLP(x) = (φ(g) ⊙ u) W_down with
+    (g, u) = x W_up, and W_down is half as large.
+
     Shapes: (…, width) -> (…, width).
-    Raises: InputError unless both widths are positive.
+    Raises: InputError unless both widths are positive, and the hidden one even when gated.
     Holds: exactly.
+    Source: Shazeer 2020, arXiv 2002.05202 (gated).
     """
 
-    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
+    def __init__(self, width: int, hidden: int, activation: Activation, gated: bool = False) -> None:
         super().__init__()
         if width < 1 or hidden < 1:
             raise InputError(f"an MLP needs positive widths, got {width} and {hidden}")
-        self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        if gated and hidden % 2:
+            raise InputError(f"a gated MLP needs an even hidden width, got {hidden}")
+        self.gated = gated
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden // 2 if gated else hidden, width, bias=False)
         self.activation = activation()
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """Apply both maps."""
-        return self.down(self.activation(self.up(x)))
+        hidden = self.up(x)
+        if not self.gated:
+            return self.down(self.activation(hidden))
+        gate, value = hidden.chunk(2, -1)
+        return self.down(self.activation(gate) * value)
 
 
 def _mlp(parts: Parts) -> MLP:
-    return MLP(parts.width, parts.mlp_width, parts.activation)
+    return MLP(parts.width, parts.mlp_width, parts.activation, parts.gated)
 
 
-def _softmax_attention(parts: Parts, query_key_norm: Norm = identity) -> Attention:
-    mixing = SoftmaxMixing(parts.causal)
-    return Attention(parts.width, parts.heads, mixing, query_key_norm=query_key_norm)
+def _attention(parts: Parts, mixing: SoftmaxMixing, **maps: Any) -> Attention:
+    return Attention(parts.width, parts.heads, mixing, key_heads=parts.key_heads, **maps)
 
 
 def _simplified_attention(parts: Parts) -> Attention:
     """Shaped attention on the normed input itself; only the first layer keeps a value matrix."""
     value = Reparametrised(parts.width) if parts.layer == 0 else nn.Identity()
-    mixing = ShapedMixing(parts.heads, parts.causal)
-    return Attention(parts.width, parts.heads, mixing, value=value, projection=nn.Identity())
+    return _attention(parts, ShapedMixing(parts.heads, parts.causal), value=value, projection=nn.Identity())
 
 
 def _mlp_gain(parts: Parts) -> nn.Parameter:
-    """β_FF of the simplified blocks: 0.1 at 18 layers."""
-    return trainable(down_weighted_gain(parts.depth, 0.1))
+    """β_FF of the simplified blocks, carried from 18 layers to this depth."""
+    return trainable(down_weighted_gain(parts.depth, parts.mlp_gain))
 
 
 def pre_norm(parts: Parts) -> nn.Module:
@@ -82,9 +98,9 @@ def pre_norm(parts: Parts) -> nn.Module:
 
     Source: Xiong et al. 2020, arXiv 2002.04745.
     """
-    return nn.Sequential(
-        Residual(nn.Sequential(parts.norm(parts.width), _softmax_attention(parts))),
-        Residual(nn.Sequential(parts.norm(parts.width), _mlp(parts))),
+    return Chain(
+        Residual(Chain(parts.norm(parts.width), _attention(parts, SoftmaxMixing(parts.causal)))),
+        Residual(Chain(parts.norm(parts.width), _mlp(parts))),
     )
 
 
@@ -93,8 +109,8 @@ def post_norm(parts: Parts) -> nn.Module:
 
     Source: Vaswani et al. 2017, arXiv 1706.03762.
     """
-    return nn.Sequential(
-        Residual(_softmax_attention(parts)),
+    return Chain(
+        Residual(_attention(parts, SoftmaxMixing(parts.causal))),
         parts.norm(parts.width),
         Residual(_mlp(parts)),
         parts.norm(parts.width),
@@ -106,8 +122,8 @@ def parallel(parts: Parts) -> nn.Module:
 
     Source: Wang & Komatsuzaki 2021 (GPT-J); He & Hofmann 2024, arXiv 2311.01906.
     """
-    branches = Sum(_softmax_attention(parts), _mlp(parts))
-    return Residual(nn.Sequential(parts.norm(parts.width), branches))
+    branches = Sum(_attention(parts, SoftmaxMixing(parts.causal)), _mlp(parts))
+    return Residual(Chain(parts.norm(parts.width), branches))
 
 
 def value_skipinit(parts: Parts) -> nn.Module:
@@ -118,7 +134,7 @@ def value_skipinit(parts: Parts) -> nn.Module:
     Source: He et al. 2023, arXiv 2302.10322.
     """
     mixing = ShapedMixing(parts.heads, parts.causal, beta=0.0, centre=False)
-    return _skipless_attention(parts, Attention(parts.width, parts.heads, mixing))
+    return _skipless_attention(parts, _attention(parts, mixing))
 
 
 def sas(parts: Parts) -> nn.Module:
@@ -131,11 +147,20 @@ def sas(parts: Parts) -> nn.Module:
     return _skipless_attention(parts, _simplified_attention(parts))
 
 
+def sas_reparametrised(parts: Parts) -> nn.Module:
+    """SAS that keeps a value and a projection matrix in every layer, both αI + βΔW with ΔW = 0 at the start.
+
+    Source: He & Hofmann 2024, arXiv 2311.01906, section 4.2.
+    """
+    maps = {"value": Reparametrised(parts.width), "projection": Reparametrised(parts.width)}
+    return _skipless_attention(parts, _attention(parts, ShapedMixing(parts.heads, parts.causal), **maps))
+
+
 def _skipless_attention(parts: Parts, attention: Attention) -> nn.Module:
     """Return an attention sub-block with no skip, then an MLP sub-block with one, all gains trainable."""
-    mlp = nn.Sequential(parts.norm(parts.width), _mlp(parts))
-    return nn.Sequential(
-        Residual(nn.Sequential(parts.norm(parts.width), attention), skip=0.0, gain=trainable(1.0)),
+    mlp = Chain(parts.norm(parts.width), _mlp(parts))
+    return Chain(
+        Residual(Chain(parts.norm(parts.width), attention), skip=0.0, gain=trainable(1.0)),
         Residual(mlp, skip=trainable(1.0), gain=_mlp_gain(parts)),
     )
 
@@ -151,7 +176,7 @@ def sas_p(parts: Parts) -> nn.Module:
         Residual(_simplified_attention(parts), skip=0.0, gain=trainable(1.0)),
         Residual(_mlp(parts), skip=0.0, gain=_mlp_gain(parts)),
     )
-    return nn.Sequential(parts.norm(parts.width), branches)
+    return Chain(parts.norm(parts.width), branches)
 
 
 def sas_p_no_norm(parts: Parts) -> nn.Module:
@@ -173,10 +198,10 @@ def outlier_protected(parts: Parts) -> nn.Module:
     Source: He et al. 2024, arXiv 2405.19279, section 4.
     """
     gain = down_weighted_gain(parts.depth, 0.2)
-    attention = _softmax_attention(parts, query_key_norm=NORMS["rmsnorm"])
+    attention = _attention(parts, SoftmaxMixing(parts.causal), query_key_norm=NORMS["rmsnorm"])
     first = NORMS["layernorm"](parts.width) if parts.layer == 0 else nn.Identity()
-    return nn.Sequential(
-        Residual(nn.Sequential(first, attention), gain=gain),
+    return Chain(
+        Residual(Chain(first, attention), gain=gain),
         Residual(_mlp(parts), gain=gain),
     )
 
@@ -189,6 +214,7 @@ BLOCKS: dict[str, Block] = {
         parallel,
         value_skipinit,
         sas,
+        sas_reparametrised,
         sas_p,
         sas_p_no_norm,
         outlier_protected,

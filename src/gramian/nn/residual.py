@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gramian.errors import InputError
+from gramian.nn.view import View
 
 Gain = float | nn.Parameter
 """A constant of the architecture (a float) or a trainable scalar (a 0-d parameter)."""
@@ -17,6 +18,48 @@ def trainable(value: float) -> nn.Parameter:
     return nn.Parameter(torch.tensor(float(value)))
 
 
+def through(part: nn.Module, x: Tensor, view: View | None) -> Tensor:
+    """Return part(x, view) for a part that mixes tokens or holds one that does, part(x) for any other.
+
+    A part that takes the view says so by an attribute `mixes_tokens`.
+    """
+    return part(x, view) if getattr(part, "mixes_tokens", False) else part(x)
+
+
+def _reached(*parts: nn.Module) -> None:
+    """Raise InputError when a part hides an attention where the view would not reach it."""
+    for part in parts:
+        reached = getattr(part, "mixes_tokens", False)
+        if not reached and any(getattr(inner, "mixes_tokens", False) for inner in part.modules()):
+            raise InputError(
+                f"{type(part).__name__} would keep padding and caches from the attention in it; use Chain, "
+                "Residual or Sum"
+            )
+
+
+class Chain(nn.Sequential):
+    """Parts one after the other.
+
+    Shapes: (batch, tokens, width) -> (batch, tokens, width).
+    Raises: InputError when a part hides an attention from the view.
+    Holds: exactly.
+    """
+
+    mixes_tokens = True
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__(*parts)
+        _reached(*parts)
+
+    def forward(
+        self, input: Float[Tensor, "*batch width"], view: View | None = None
+    ) -> Float[Tensor, "*batch width"]:
+        """Apply the parts in turn."""
+        for part in self:
+            input = through(part, input, view)
+        return input
+
+
 class Residual(nn.Module):
     """A branch with its skip and its gain.
 
@@ -25,22 +68,30 @@ class Residual(nn.Module):
     `skip` 0.0 leaves the skip out; 1.0 costs nothing.
 
     Shapes: (…, width) -> (…, width).
+    Raises: InputError when the branch hides an attention from the view.
     Holds: exactly.
     """
 
+    mixes_tokens = True
     skip: Gain
     gain: Gain
 
     def __init__(self, branch: nn.Module, skip: Gain = 1.0, gain: Gain = 1.0) -> None:
         super().__init__()
+        _reached(branch)
         self.branch, self.skip, self.gain = branch, skip, gain
 
-    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    def forward(
+        self, x: Float[Tensor, "*batch width"], view: View | None = None
+    ) -> Float[Tensor, "*batch width"]:
         """Add the skip and the branch."""
-        y = _scaled(self.gain, self.branch(x))
+        y = through(self.branch, x, view)
         if isinstance(self.skip, float) and self.skip == 0.0:
-            return y
-        return _scaled(self.skip, x) + y
+            return _scaled(self.gain, y)
+        skip = _scaled(self.skip, x)
+        if isinstance(self.gain, nn.Parameter):
+            return torch.addcmul(skip, self.gain.to(y.dtype), y)  # one pass over memory
+        return skip + _scaled(self.gain, y)
 
 
 def _scaled(gain: Gain, x: Tensor) -> Tensor:
@@ -52,16 +103,22 @@ class Sum(nn.Module):
     """Branches side by side on the same input, Σ_i branch_i(x).
 
     Shapes: (…, width) -> (…, width).
+    Raises: InputError when a branch hides an attention from the view.
     Holds: exactly.
     """
 
+    mixes_tokens = True
+
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
+        _reached(*branches)
         self.branches = nn.ModuleList(branches)
 
-    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    def forward(
+        self, x: Float[Tensor, "*batch width"], view: View | None = None
+    ) -> Float[Tensor, "*batch width"]:
         """Add the branches."""
-        first, *rest = (branch(x) for branch in self.branches)
+        first, *rest = (through(branch, x, view) for branch in self.branches)
         for y in rest:
             first = first + y
         return first

@@ -1,17 +1,21 @@
-"""A decoder of blocks between token embeddings and a head."""
+"""A transformer, decoder or encoder: blocks between token embeddings and a head."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gramian.errors import InputError
 from gramian.nn.activations import activation
 from gramian.nn.blocks import Parts, block
 from gramian.nn.init import fan_in_std, initialise_
 from gramian.nn.norms import norm
+from gramian.nn.residual import through
+from gramian.nn.view import Past, View, positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +44,19 @@ class Shape:
     """Whether a norm stands before the head."""
     init_std: float | None = None
     """Standard deviation of initial weights; 0.02 · √(768/width) when not given."""
+    key_heads: int | None = None
+    """Heads of keys and values, shared by groups of query heads; as many as `heads` when not given."""
+    gated: bool = False
+    """Whether half of an MLP's hidden features gate the other half."""
+    mlp_gain: float = 0.1
+    """β_FF that the simplified blocks start with at 18 layers, carried to other depths by 1/√L."""
+    gradient_checkpointing: bool = False
+    """Whether blocks are computed again in the backward pass, to save memory in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(Shape):
-    """A decoder transformer: a shape, its vocabulary and its block.
+    """A transformer: a shape, its vocabulary, its block, and whether it decodes or encodes.
 
     Raises: InputError for a size below 1, sizes that do not fit each other, and unknown names.
     """
@@ -53,6 +65,8 @@ class TransformerConfig(Shape):
     """Tokens there are."""
     block: str = "pre_norm"
     """Name of the block in `gramian.nn.blocks.BLOCKS`."""
+    causal: bool = True
+    """True for a decoder, whose tokens see those before; False for an encoder, whose tokens see all."""
 
     def __post_init__(self) -> None:
         for lookup, name in ((block, self.block), (norm, self.norm), (activation, self.activation)):
@@ -62,8 +76,12 @@ class TransformerConfig(Shape):
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.mlp_width is not None and self.mlp_width < 1:
             raise InputError(f"mlp_width must be at least 1, got {self.mlp_width}")
+        if self.gated and (self.mlp_width or 4) % 2:
+            raise InputError(f"a gated MLP needs an even mlp_width, got {self.mlp_width}")
         if self.width % self.heads:
             raise InputError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.key_heads is not None and (self.key_heads < 1 or self.heads % self.key_heads):
+            raise InputError(f"key_heads must divide the {self.heads} heads, got {self.key_heads}")
         if self.positions not in ("learned", "sinusoidal"):
             raise InputError(f"unknown positions {self.positions!r}; choose learned or sinusoidal")
         if self.positions == "sinusoidal" and self.width % 2:
@@ -82,8 +100,12 @@ class TransformerConfig(Shape):
             depth=self.depth,
             layer=layer,
             mlp_width=self.mlp_width or 4 * self.width,
+            causal=self.causal,
             norm=norm(self.norm),
             activation=activation(self.activation),
+            gated=self.gated,
+            key_heads=self.key_heads,
+            mlp_gain=self.mlp_gain,
         )
 
 
@@ -106,7 +128,7 @@ class Positions(nn.Module):
 
         P_t = √2 · rms · p_t,   p_t as in `sinusoids`
 
-    Shapes: (tokens) -> (tokens, width).
+    Shapes: (…) -> (…, width).
     Holds: exactly.
     """
 
@@ -114,24 +136,30 @@ class Positions(nn.Module):
         super().__init__()
         self.register_buffer("weight", sinusoids(context, width) * (rms * math.sqrt(2)), persistent=False)
 
-    def forward(self, index: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens width"]:
+    def forward(self, index: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens width"]:
         """Return the vectors of the given positions."""
         return self.get_buffer("weight")[index]
 
 
 class Transformer(nn.Module):
-    """A causal language model: embeddings, blocks, a final norm and a head.
+    """A language model: embeddings, blocks, a final norm and a head.
 
-        X_0 = E[tokens] + P,   X_l = block_l(X_{l−1}),   logits = N(X_L) W_headᵀ
+        X_0 = E[tokens] + P,   X_l = block_l(X_{l−1}),   features = N(X_L),   logits = features W_headᵀ
 
-    Shapes: tokens (batch, T) with T ≤ context -> logits (batch, T, vocabulary).
-    Raises: InputError for sizes that do not fit and for sequences longer than the context.
-    Holds: causal exactly: logits at t depend on tokens up to t alone.
+    A decoder's logits are those of the next token, an encoder's those of the token itself. `mask` is 1 (or
+    true) at real tokens and 0 at padding, on either side; `documents` numbers packed documents, which do not
+    see each other, and positions restart in each. `past` is what each layer remembers of the tokens before
+    (`memory()`), for decoding; it grows by these tokens, and `mask` then covers those before too.
+
+    Shapes: tokens, mask, documents (batch, T) with T ≤ context -> logits (batch, T, vocabulary).
+    Raises: InputError for sizes that do not fit, sequences beyond the context, a mask of another shape.
+    Holds: exactly: a decoder's logits at t depend on tokens up to t alone, and on none that are padding.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = config.gradient_checkpointing
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         if config.positions == "learned":
             self.positions = nn.Embedding(config.context, config.width)
@@ -144,15 +172,69 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens vocabulary"]:
-        """Return the logits of the next token at every position."""
-        length = tokens.shape[-1]
-        if length > self.config.context:
-            raise InputError(f"a sequence of {length} tokens exceeds the context of {self.config.context}")
-        x = self.embedding(tokens) + self.positions(torch.arange(length, device=tokens.device))
-        for layer in self.blocks:
-            x = layer(x)
-        return self.head(self.norm(x))
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch tokens"],
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        past: Sequence[Past] | None = None,
+    ) -> Float[Tensor, "batch tokens vocabulary"]:
+        """Return the logits at every position."""
+        return self.head(self.features(tokens, mask, documents, past))
+
+    def features(
+        self,
+        tokens: Int[Tensor, "batch tokens"],
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        past: Sequence[Past] | None = None,
+        embedded: Float[Tensor, "batch tokens width"] | None = None,
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Return what the head reads; `embedded` takes the place of the tokens' embeddings."""
+        length, before = tokens.shape[1], past[0].length if past else 0
+        if before + length > self.config.context:
+            raise InputError(
+                f"a sequence of {before + length} tokens exceeds the context of {self.config.context}"
+            )
+        view = self._view(tokens, mask, documents, before)
+        places = positions(view, before, length, documents, tokens.device)
+        x = (self.embedding(tokens) if embedded is None else embedded) + self.positions(places)
+        for layer, memory in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
+            inner = view if memory is None else (view or View()).after(memory)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(through, layer, x, inner, use_reentrant=False)
+            else:
+                x = through(layer, x, inner)
+        return self.norm(x)
+
+    def _view(
+        self, tokens: Tensor, mask: Tensor | None, documents: Tensor | None, before: int
+    ) -> View | None:
+        """Return what tokens may see; None where causality alone decides."""
+        if documents is not None:
+            if mask is not None or before:
+                raise InputError("packed documents take neither a mask (number padding −1) nor a cache")
+            if documents.shape != tokens.shape:
+                raise InputError(
+                    f"documents must have the shape of the tokens, {tuple(tokens.shape)}, got "
+                    f"{tuple(documents.shape)}"
+                )
+            return View.packed(documents)
+        if mask is None:
+            return None
+        shape = (len(tokens), before + tokens.shape[1])
+        if mask.shape != shape:
+            raise InputError(f"the attention mask must be (batch, tokens) = {shape}, got {tuple(mask.shape)}")
+        return View.padded(mask, tokens.shape[1], self.config.causal)
+
+    def memory(self) -> list[Past]:
+        """Return an empty memory for every layer, to decode with.
+
+        Raises: InputError for an encoder, whose tokens see those to come.
+        """
+        if not self.config.causal:
+            raise InputError("an encoder cannot decode with a cache: its tokens see those to come")
+        return [Past() for _ in self.blocks]
 
     def block_parameters(self) -> int:
         """Count the numbers learnt in the blocks, embeddings and head left out."""
