@@ -50,8 +50,6 @@ class Shape:
     """Whether half of an MLP's hidden features gate the other half."""
     mlp_gain: float = 0.1
     """β_FF that the simplified blocks start with at 18 layers, carried to other depths by 1/√L."""
-    gradient_checkpointing: bool = False
-    """Whether blocks are computed again in the backward pass, to save memory in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +132,14 @@ class Positions(nn.Module):
 
     def __init__(self, context: int, width: int, rms: float) -> None:
         super().__init__()
-        self.register_buffer("weight", sinusoids(context, width) * (rms * math.sqrt(2)), persistent=False)
+        self.rms = rms
+        self.register_buffer("weight", torch.empty(context, width), persistent=False)
+        self.initialise_()
+
+    def initialise_(self, generator: torch.Generator | None = None) -> None:
+        """Compute the vectors, which no state dict holds."""
+        weight = self.get_buffer("weight")
+        weight.copy_(sinusoids(*weight.shape) * (self.rms * math.sqrt(2)))
 
     def forward(self, index: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens width"]:
         """Return the vectors of the given positions."""
@@ -159,7 +164,8 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = config.gradient_checkpointing
+        self.gradient_checkpointing = False
+        """Whether training computes every block again in the backward pass, to save memory."""
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         if config.positions == "learned":
             self.positions = nn.Embedding(config.context, config.width)
@@ -225,6 +231,8 @@ class Transformer(nn.Module):
         shape = (len(tokens), before + tokens.shape[1])
         if mask.shape != shape:
             raise InputError(f"the attention mask must be (batch, tokens) = {shape}, got {tuple(mask.shape)}")
+        if not torch.compiler.is_compiling() and bool(mask.all()):
+            return None  # nothing is padding
         return View.padded(mask, tokens.shape[1], self.config.causal)
 
     def memory(self) -> list[Past]:

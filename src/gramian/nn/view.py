@@ -1,5 +1,6 @@
 """What a token may see: padding, packed documents, and the tokens before it that a cache keeps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,11 @@ class Past:
         self.total: Tensor | None = None
         """Σ over real tokens of the values (batch, value heads, 1, value width), in float32 at least."""
         self.length = 0
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences remembered."""
+        return 0 if self._keys is None else len(self._keys)
 
     def append(
         self,
@@ -162,42 +168,36 @@ class View:
                 "documents must be whole numbers (batch, tokens), got "
                 f"{documents.dtype} {tuple(documents.shape)}"
             )
-        device, (batch, tokens) = documents.device, documents.shape
+        batch, tokens = documents.shape
         numbers = documents.flatten().cpu()
         real = numbers >= 0
-        line = torch.arange(batch).repeat_interleave(tokens)
-        key = line * (int(numbers.max().clamp(min=0)) + 1) + numbers.clamp(min=0)
         place = torch.nonzero(real).flatten()
-        _, member, length = key[place].unique(return_inverse=True, return_counts=True)
-        order = torch.argsort(member, stable=True)  # places document by document, each in its order
-        starts = length.cumsum(0) - length
-        back = torch.zeros(batch * tokens, dtype=torch.long)
-        rows, done = [], 0
-        size = torch.tensor([(int(n) - 1).bit_length() for n in length], dtype=torch.long)
-        for bits in size.unique().tolist():
-            chosen = torch.nonzero(size == bits).flatten()
-            longest = int(length[chosen].max())
-            column = torch.arange(longest)
+        line = place // tokens
+        _, number = numbers[place].unique(return_inverse=True)
+        _, member, length = (line * tokens * batch + number).unique(return_inverse=True, return_counts=True)
+        place = place[torch.argsort(member, stable=True)]  # document by document, each in its order
+        start = length.cumsum(0) - length
+        back, rows, entries = torch.zeros(batch * tokens, dtype=torch.long), [], 0
+        magnitude = torch.tensor([(n - 1).bit_length() for n in length.tolist()], dtype=torch.long)
+        for each in magnitude.unique():
+            chosen = magnitude == each
+            column = torch.arange(int(length[chosen].max()))
             inside = column < length[chosen][:, None]
-            index = place[order[(starts[chosen][:, None] + column).clamp(max=len(order) - 1)]] * inside
-            entry = torch.arange(done, done + index.numel()).view_as(index)
-            back[index[inside]] = entry[inside]
-            done += index.numel()
-            rows.append(Rows(index.to(device), inside.to(device)))
-        return cls(real.view(batch, tokens).to(device), tuple(rows), back.view(batch, tokens).to(device))
+            index = place[(start[chosen][:, None] + column).clamp(max=len(place) - 1)]
+            back[index[inside]] = entries + torch.nonzero(inside.flatten()).flatten()
+            entries += index.numel()
+            rows.append(Rows(index.to(documents.device), inside.to(documents.device)))
+        back = back.view(batch, tokens).to(documents.device)
+        return cls(real.view(batch, tokens).to(documents.device), tuple(rows), back)
 
     def after(self, past: Past | None) -> "View":
         """Return this view with what one layer remembers."""
         return View(self.real, self.rows, self.back, past)
 
-    def restored(
-        self, mixed: list[Float[Tensor, "rows length width"]]
-    ) -> Float[Tensor, "batch tokens width"]:
-        """Return the features of `rows` as a batch again."""
+    def restored(self, mixed: Sequence[Tensor]) -> Float[Tensor, "batch tokens width"]:
+        """Return the features of `rows`, (rows, length, width) each, as a batch again."""
         assert self.back is not None
-        entries = (
-            torch.cat([part.flatten(0, 1) for part in mixed]) if len(mixed) > 1 else mixed[0].flatten(0, 1)
-        )
+        entries = torch.cat([part.flatten(0, 1) for part in mixed])
         return entries.index_select(0, self.back.flatten()).unflatten(0, self.back.shape)
 
 
