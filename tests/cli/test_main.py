@@ -106,7 +106,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, story, capsys) -
 def test_an_unreadable_checkpoint_is_named(tmp_path, story, capsys) -> None:
     arguments = small("train", tmp_path, story, "--name", "one")
     assert run(arguments) == 0
-    weights = max((tmp_path / "runs" / "one").rglob("model.safetensors"))
+    weights = max((tmp_path / "runs" / "one" / "checkpoints").rglob("model.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-10])
     said = failure([*arguments, "--resume"], capsys)
     assert str(weights) in said

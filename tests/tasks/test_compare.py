@@ -11,7 +11,8 @@ from gramian.errors import InputError, StoppedError
 from gramian.nn.transformer import Shape
 from gramian.tasks.compare import CompareConfig, compare
 from gramian.tasks.compare_page import report_page, terminal_table, write_report
-from gramian.tasks.language import Text, trained_model, validation
+from gramian.tasks.language import Text, validation
+from gramian.tasks.saved_model import trained_model
 from gramian.train.loop import Training
 from gramian.train.run import Run
 from stories import write_story

@@ -15,9 +15,9 @@ from gramian.tasks.language import (
     language_loss,
     run_folder,
     train,
-    trained_model,
     validation,
 )
+from gramian.tasks.saved_model import trained_model
 from gramian.train.checkpoint import checkpoints
 from gramian.train.loop import Training
 
@@ -47,9 +47,12 @@ def test_a_run_learns_and_leaves_all_that_is_needed_to_use_it(config) -> None:
     assert result["validation_loss"] < 0.6 * entropy
     names = {path.name for path in run.folder.iterdir()}
     assert names == {
+        "settings.json",
         "config.json",
-        "model.json",
+        "generation_config.json",
+        "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
         "readings.jsonl",
         "checkpoints",
         "result.json",
@@ -73,7 +76,7 @@ def test_the_loss_is_the_mean_over_next_tokens(config) -> None:
     corpus = config.data.load()
     judge = validation(config, corpus)
     batches = list(judge)
-    assert [tuple(batch.shape) for batch in batches] == [(8, 17)] * 3
+    assert [tuple(batch.shape) for batch in batches] == [(8, 2, 16)] * 3
     assert all(torch.equal(one, two) for one, two in zip(batches, judge, strict=True))
 
     def uniform(tokens):
@@ -85,7 +88,7 @@ def test_the_loss_is_the_mean_over_next_tokens(config) -> None:
 def test_short_validation_text_is_read_whole(config) -> None:
     corpus = config.data.load()
     judge = validation(replace(config, evaluation_batches=10_000), corpus)
-    targets = torch.cat([batch[:, 1:].flatten() for batch in judge])
+    targets = torch.cat([batch[:, 1].flatten() for batch in judge])
     assert torch.equal(targets, corpus.validation[1 : len(targets) + 1].long())
     assert len(corpus.validation) - len(targets) <= config.shape.context
 
@@ -116,8 +119,8 @@ def test_damaged_runs_are_named(config) -> None:
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
         trained_model(run)
-    model = json.loads((run.folder / "model.json").read_text())
-    (run.folder / "model.json").write_text(json.dumps({**model, "flavour": "mint"}))
+    model = json.loads((run.folder / "config.json").read_text())
+    (run.folder / "config.json").write_text(json.dumps({**model, "model_type": "mint"}))
     with pytest.raises(InputError, match="does not describe a transformer"):
         trained_model(run)
     for saved in checkpoints(run.checkpoints):

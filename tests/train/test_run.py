@@ -16,7 +16,7 @@ class Config:
 def test_a_folder_holds_one_run(tmp_path) -> None:
     folder = tmp_path / "one"
     run = open_run(folder, Config())
-    assert run.config == {"steps": 3, "text": ["a.txt"]}
+    assert run.settings == {"steps": 3, "text": ["a.txt"]}
     assert set(run.versions) >= {"python", "torch", "gramian"}
     assert run.result() is None
     run.write_result({"loss": 1.0})
@@ -41,6 +41,6 @@ def test_folders_that_are_no_run_are_left_alone(tmp_path) -> None:
 
 def test_a_damaged_configuration_is_named(tmp_path) -> None:
     run = open_run(tmp_path / "one", Config())
-    (run.folder / "config.json").write_text('{"config": ')
-    with pytest.raises(InputError, match=r"config\.json cannot be read as JSON"):
+    (run.folder / "settings.json").write_text('{"settings": ')
+    with pytest.raises(InputError, match=r"settings\.json cannot be read as JSON"):
         open_run(run.folder, Config(), resume=True)

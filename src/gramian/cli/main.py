@@ -8,11 +8,19 @@ from rich.console import Console
 
 from gramian import __version__
 from gramian.cli.compare import compare
+from gramian.cli.evaluate import evaluate
+from gramian.cli.generate import generate
 from gramian.cli.list import list_names
 from gramian.cli.train import train
 from gramian.errors import GramianError, StoppedError
 
-COMMANDS = {"compare": compare, "train": train, "list": list_names}
+COMMANDS = {
+    "compare": compare,
+    "train": train,
+    "generate": generate,
+    "evaluate": evaluate,
+    "list": list_names,
+}
 
 
 def main() -> None:

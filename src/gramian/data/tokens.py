@@ -98,9 +98,7 @@ def load_corpus(
         train=train,
         validation=validation,
         tokenizer=tokenizer,
-        token_bytes=torch.tensor(
-            [_bytes_of(tokenizer, token) for token in range(tokenizer.get_vocab_size())]
-        ),
+        token_bytes=bytes_of_tokens(tokenizer),
         train_documents=len(sides[0]),
         validation_documents=len(sides[1]),
         skipped=taken.skipped,
@@ -109,9 +107,17 @@ def load_corpus(
     )
 
 
-def _bytes_of(tokenizer: Tokenizer, token: int) -> int:
-    """Return the length of a token's text: the byte-level alphabet writes each byte as one character."""
-    return 0 if token == 0 else len(tokenizer.id_to_token(token) or "")
+def bytes_of_tokens(tokenizer: Tokenizer) -> Int[Tensor, " vocabulary"]:
+    """Return the bytes of text that each token of a byte-level vocabulary stands for; 0 for special ones.
+
+    The byte-level alphabet writes each byte as one character.
+    """
+    special = tokenizer.get_added_tokens_decoder()
+    sizes = [
+        0 if token in special else len(tokenizer.id_to_token(token) or "")
+        for token in range(tokenizer.get_vocab_size())
+    ]
+    return torch.tensor(sizes)
 
 
 def _pieces(document: Document, length: int = 1 << 16) -> Iterator[str]:
@@ -137,11 +143,11 @@ def _build(sides: Sequence[Sequence[Document]], vocabulary: int) -> tuple[Tokeni
     )
     tokenizer.train_from_iterator((piece for document in sides[0] for piece in _pieces(document)), trainer)
     tokenizer.encode_special_tokens = True  # a text may contain END; there it is plain text
-    train, validation = (_encode(tokenizer, side) for side in sides)
+    train, validation = (encode(tokenizer, side) for side in sides)
     return tokenizer, train, validation
 
 
-def _encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> Int[Tensor, " tokens"]:
+def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> Int[Tensor, " tokens"]:
     """Return the ids of the documents in their order, each followed by `END`."""
     ids: list[np.ndarray] = []
     for document in documents:

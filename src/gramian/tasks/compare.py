@@ -19,10 +19,10 @@ from gramian.tasks.language import (
     print_facts,
     run_folder,
     text_facts,
-    trained_model,
-    training_windows,
+    training_batches,
     validation,
 )
+from gramian.tasks.saved_model import publish, trained_model
 from gramian.train.loop import Trainer
 from gramian.train.run import Run, open_run
 from gramian.train.side_by_side import train_side_by_side
@@ -113,7 +113,7 @@ def compare(
     with console.status("reading and tokenising the text"):
         corpus = config.data.load()
     judge = validation(config, corpus)
-    training_windows(config, corpus)  # like the next line: what does not fit fails before anything is written
+    training_batches(config, corpus)  # like the next line: what does not fit fails before anything is written
     model_config(config, config.blocks[0], corpus)
     run = open_run(folder, config, resume=resume, overwrite=overwrite)
     trainers = {name: prepare(config, name, corpus, folder / name, resume=resume) for name in config.blocks}
@@ -125,6 +125,7 @@ def compare(
         trainer.close()
         with console.status(f"observing and quantising {name}"):
             results.append(_examine(trainer, config, corpus, judge))
+        publish(trainer.run)
         trainer.run.write_result(asdict(results[-1]))
     minutes = sum(trainer.seconds for trainer in trainers.values()) / 60
     comparison = Comparison(
@@ -148,11 +149,10 @@ def _examine(trainer: Trainer, config: CompareConfig, corpus: Corpus, judge: Val
     """Read and quantise the trained model of one block."""
     model = trained_model(trainer.run).to(trainer.device)
     loss = judge(model)
-    inputs = (windows[:, :-1].to(trainer.device) for windows in judge)
+    inputs = (batch[:, 0].to(trainer.device) for batch in judge)
     readings = observe(model, inputs, streams="blocks.*", attentions="**.mixing")
-    training_text = training_windows(config, corpus)
-    steps = range(config.calibration_batches)
-    calibration = (training_text(step)[:, :-1].to(trainer.device) for step in steps)
+    batches = training_batches(config, corpus)
+    calibration = (batches(step)[:, 0].to(trainer.device) for step in range(config.calibration_batches))
     int8 = judge(quantise(model, calibration, skip=("head",)))
     streams = [values for values in readings.values() if "neuron_kurtosis" in values]
     return BlockResult(

@@ -1,7 +1,8 @@
 """Language models on a user's text: what to read, what to build, how to train and judge it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gramian.data.objectives import IGNORED, HiddenTokens, NextToken, Objective
 from gramian.data.tokens import Corpus, Windows, bits_per_byte, load_corpus
 from gramian.errors import InputError
-from gramian.files import write_json, write_text
 from gramian.nn.blocks import block as registered_block
 from gramian.nn.blocks import gains
-from gramian.nn.transformer import Shape, Transformer, TransformerConfig, build
+from gramian.nn.transformer import Shape, TransformerConfig, build
 from gramian.observe.probe import Probe
-from gramian.train.checkpoint import checkpoints, load_weights
+from gramian.tasks.saved_model import describe, publish
 from gramian.train.loop import Trainer, Training
-from gramian.train.run import Run, open_run, read_json
+from gramian.train.run import Run, open_run
 from gramian.train.side_by_side import train_side_by_side
 
 
@@ -56,6 +57,12 @@ class Job:
     data: Text = field(default_factory=Text)
     shape: Shape = field(default_factory=Shape)
     training: Training = field(default_factory=Training)
+    objective: str = "causal"
+    """causal predicts each next token (a decoder), masked predicts hidden tokens (an encoder)."""
+    mask_probability: float = 0.15
+    """Share of the tokens that the masked objective hides."""
+    separate_documents: bool = False
+    """Whether the documents that share a window are kept from seeing each other."""
     evaluation_batches: int = 24
     """Batches of validation text that every evaluation reads, the same ones each time."""
     runs: Path = Path("runs")
@@ -64,6 +71,10 @@ class Job:
     def check(self) -> None:
         """Raise InputError naming the first setting that cannot be used."""
         self.training.check()
+        if self.objective not in ("causal", "masked"):
+            raise InputError(f"unknown objective {self.objective!r}; choose causal or masked")
+        if not 0 < self.mask_probability < 1:
+            raise InputError(f"mask_probability must lie between 0 and 1, got {self.mask_probability:g}")
         if self.evaluation_batches < 1:
             raise InputError(f"evaluation_batches must be at least 1, got {self.evaluation_batches}")
 
@@ -83,7 +94,16 @@ def model_config(job: Job, block: str, corpus: Corpus) -> TransformerConfig:
 
     Raises: InputError as `TransformerConfig`.
     """
-    return TransformerConfig(vocabulary=corpus.vocabulary, block=block, **asdict(job.shape))
+    causal = job.objective == "causal"
+    vocabulary = corpus.vocabulary if causal else corpus.vocabulary + 1  # with the mask token
+    return TransformerConfig(vocabulary=vocabulary, block=block, causal=causal, **asdict(job.shape))
+
+
+def objective(job: Job, corpus: Corpus, seed: int) -> Objective:
+    """Return what a job's model is to predict in a window of the text."""
+    if job.objective == "causal":
+        return NextToken(job.separate_documents)
+    return HiddenTokens(corpus.vocabulary, job.mask_probability, seed, job.separate_documents)
 
 
 def run_folder(runs: Path, name: str) -> Path:
@@ -115,13 +135,26 @@ def print_facts(console: Console, facts: dict[str, str]) -> None:
         console.print(f"{name}: {fact}", markup=False, highlight=False)
 
 
-def language_loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Return the mean loss of predicting each next token, in nats a token.
+def language_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Return the mean loss of the targets that are to be predicted, in nats a token.
 
-    Shapes: windows (batch, T + 1) -> ().
+    Shapes: batch (batch, 2 or 3, T), inputs, targets and perhaps documents -> ().
     """
-    logits = model(windows[:, :-1])
-    return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    inputs, targets, *documents = batch.unbind(1)
+    logits = model(inputs, documents=documents[0]) if documents else model(inputs)
+    return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+def predict(model: nn.Module, batches: Iterable[Tensor]) -> tuple[float, Tensor]:
+    """Return the summed loss in nats over batches, and the tokens that were predicted."""
+    device = next(model.parameters()).device
+    nats, predicted = 0.0, []
+    with torch.no_grad():
+        for batch in batches:
+            targets = batch[:, 1][batch[:, 1] != IGNORED]
+            nats += language_loss(model, batch.to(device)).item() * len(targets)
+            predicted.append(targets)
+    return nats, torch.cat(predicted)
 
 
 @dataclass(frozen=True)
@@ -129,42 +162,41 @@ class Validation:
     """A fixed sample of the validation text."""
 
     windows: Windows
+    objective: Objective
     batches: int
     token_bytes: Tensor
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the batches: random windows without repetition, or the whole text in order if it is short."""
+        windows = self.windows.in_order(self.batches)
         if len(self.windows) >= self.batches * self.windows.batch:
-            return (self.windows(step) for step in range(self.batches))
-        return self.windows.in_order(self.batches)
+            windows = map(self.windows, range(self.batches))
+        return map(self.objective, windows, count())
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Return the loss in nats a token and in bits a byte."""
-        device = next(model.parameters()).device
-        nats, targets = 0.0, []
-        with torch.no_grad():
-            for windows in self:
-                nats += language_loss(model, windows.to(device)).item() * windows[:, 1:].numel()
-                targets.append(windows[:, 1:].flatten())
-        tokens = torch.cat(targets)
+        """Return the loss in nats a predicted token and in bits a byte of those tokens."""
+        nats, tokens = predict(model, self)
         return {
             "validation_loss": nats / len(tokens),
             "bits_per_byte": bits_per_byte(nats, self.token_bytes[tokens]),
         }
 
 
-def training_windows(job: Job, corpus: Corpus) -> Windows:
-    """Return the batches that a job trains on.
+def training_batches(job: Job, corpus: Corpus) -> Callable[[int], Tensor]:
+    """Return the batches that a job trains on, by step.
 
     Raises: InputError when the text is shorter than one context.
     """
-    return Windows(corpus.train, job.shape.context, job.training.batch, job.training.seed)
+    seed = job.training.seed
+    windows = Windows(corpus.train, job.shape.context, job.training.batch, seed)
+    predict = objective(job, corpus, seed)
+    return lambda step: predict(windows(step), step)
 
 
 def validation(job: Job, corpus: Corpus) -> Validation:
     """Return the validation sample of a job."""
     windows = Windows(corpus.validation, job.shape.context, job.training.batch, seed=0)
-    return Validation(windows, job.evaluation_batches, corpus.token_bytes)
+    return Validation(windows, objective(job, corpus, 0), job.evaluation_batches, corpus.token_bytes)
 
 
 def prepare(
@@ -176,7 +208,7 @@ def prepare(
     """
     shape = model_config(job, block, corpus)
     model = build(shape, job.training.seed)
-    batches = training_windows(job, corpus)
+    batches = training_batches(job, corpus)
     judge = validation(job, corpus)
     probe = Probe(model, "blocks.*", attentions="**.mixing", every=job.training.observe_every)
 
@@ -186,8 +218,7 @@ def prepare(
     shared = {each.name: getattr(job, each.name) for each in fields(Job)}
     config = TrainConfig(**shared, block=block, name=folder.name)
     run = open_run(folder, config, resume=resume, overwrite=overwrite)
-    write_json(folder / "model.json", asdict(shape))
-    write_text(folder / "tokenizer.json", corpus.tokenizer.to_str())
+    describe(folder, shape, corpus.tokenizer)
     return Trainer(
         model,
         language_loss,
@@ -217,24 +248,10 @@ def train(
         corpus = config.data.load()
     trainer = prepare(config, config.block, corpus, folder, resume=resume, overwrite=overwrite)
     print_facts(console, text_facts(corpus))
-    train_side_by_side({config.block: trainer}, console)
+    try:
+        train_side_by_side({config.block: trainer}, console)
+    finally:
+        publish(trainer.run)
     trainer.close()
     trainer.run.write_result({**trainer.latest, "tokens_per_second": trainer.tokens_per_second})
     return trainer.run
-
-
-def trained_model(run: Run) -> Transformer:
-    """Return the model of a run with the weights of its newest checkpoint, on the CPU in evaluation mode.
-
-    Raises: InputError when the run has no checkpoint or it cannot be read.
-    """
-    saved = checkpoints(run.checkpoints)
-    if not saved:
-        raise InputError(f"the run {run.folder} has no checkpoint yet")
-    try:
-        shape = TransformerConfig(**read_json(run.folder / "model.json"))
-    except TypeError as error:
-        raise InputError(f"{run.folder / 'model.json'} does not describe a transformer: {error}") from error
-    model = Transformer(shape)
-    load_weights(saved[-1].folder, model)
-    return model.eval()

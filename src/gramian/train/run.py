@@ -12,7 +12,7 @@ from gramian.errors import InputError
 from gramian.files import write_json
 from gramian.observe.record import Record
 
-CONFIG, RESULT, READINGS = "config.json", "result.json", "readings.jsonl"
+SETTINGS, RESULT, READINGS = "settings.json", "result.json", "readings.jsonl"
 PACKAGES = ("gramian", "torch", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
@@ -20,7 +20,7 @@ PACKAGES = ("gramian", "torch", "accelerate", "safetensors", "tokenizers", "nump
 class Run:
     """A run folder.
 
-    config.json says what was asked and with which versions, readings.jsonl what was seen, checkpoints/
+    settings.json says what was asked and with which versions, readings.jsonl what was seen, checkpoints/
     holds the state to go on from, result.json the outcome.
     """
 
@@ -37,14 +37,14 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
-    def config(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What the run was asked to do."""
-        return read_json(self.folder / CONFIG)["config"]
+        return read_json(self.folder / SETTINGS)["settings"]
 
     @property
     def versions(self) -> dict[str, str]:
         """The versions that the run was started with."""
-        return read_json(self.folder / CONFIG)["versions"]
+        return read_json(self.folder / SETTINGS)["versions"]
 
     def result(self) -> dict[str, Any] | None:
         """Return what the run found, or None when it has not ended."""
@@ -68,12 +68,12 @@ def open_run(folder: Path, config: Any, *, resume: bool = False, overwrite: bool
     Raises: InputError when the folder holds another run, or something that is no run.
     """
     plain = json.loads(json.dumps(asdict(config), default=str))
-    marker = folder / CONFIG
+    marker = folder / SETTINGS
     if folder.is_file():
         raise InputError(f"the run folder {folder} is a file; choose another name")
     if marker.exists():
         if resume:
-            _check_same(folder, Run(folder).config, plain)
+            _check_same(folder, Run(folder).settings, plain)
             return Run(folder)
         if not overwrite:
             raise InputError(
@@ -83,7 +83,7 @@ def open_run(folder: Path, config: Any, *, resume: bool = False, overwrite: bool
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"the folder {folder} holds files that are no run; choose another name")
-    write_json(marker, {"config": plain, "versions": versions()})
+    write_json(marker, {"settings": plain, "versions": versions()})
     return Run(folder)
 
 
