@@ -1,11 +1,13 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import oracles
 from gramian.core.moments import Moments
 from gramian.errors import InputError
 from gramian.observe import Probe, observe
+from gramian.observe.attention import AttentionMoments
 
 WIDTH, HEADS = 12, 3
 NAMES = {*oracles.moment_readings(torch.eye(2) + 1)}
@@ -313,3 +315,43 @@ def test_keeps_no_activation(model: Model, x: Tensor):
     kept = [t for m in [*sample.streams.values(), *sample.attentions.values()] for t in vars(m).values()]
     assert max(t.untyped_storage().nbytes() for t in kept) <= 8 * WIDTH**2
     assert all(isinstance(m, Moments) for m in sample.streams.values())
+
+
+class Paddable(Mixing):
+    """Also told which tokens are real."""
+
+    def weights(self, q: Tensor, k: Tensor, real: Tensor | None = None) -> Tensor:
+        weights = super().weights(q, k)
+        return weights if real is None else (weights * real[:, None, None]) / real.sum(1)[:, None, None, None]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
+        return self.weights(q, k, real) @ v
+
+
+def test_attention_is_read_at_real_tokens_alone():
+    q, k, v = (torch.randn(3, 2, 6, 4, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    real = torch.arange(6) < torch.tensor([[6], [4], [1]])
+    model = nn.ModuleDict({"mixing": Paddable()})
+    probe = Probe(model, streams="mixing", attentions="mixing", sequences=2)
+    with probe.sample(0) as sample:
+        model["mixing"](q, k, v, real)
+    assert sample is not None
+    weights = model["mixing"].weights(q, k, real)[:2]
+    moments = AttentionMoments.of(weights, real[:2])
+    assert sample.attentions["mixing"].count == 10
+    torch.testing.assert_close(sample.attentions["mixing"].entropy, moments.entropy)
+    unmasked = AttentionMoments.of(weights)  # control
+    assert not torch.allclose(unmasked.entropy, moments.entropy)
+
+
+def test_recomputed_activations_are_not_read_twice(model: Model, x: Tensor):
+    def once(recompute: bool) -> dict:
+        with Probe(model, attentions="blocks.*.mixing").sample(0) as sample:
+            y = x
+            for block in model.blocks:
+                y = checkpoint(block, y, use_reentrant=False) if recompute else block(y)
+            y.sum().backward()
+        assert sample is not None
+        return {site: moments.count for site, moments in (sample.streams | sample.attentions).items()}
+
+    assert once(True) == once(False)

@@ -65,11 +65,11 @@ class Probe:
 
     `attentions` names modules that are called as module(q, k, v), with q and k (batch, heads, T, d_k),
     and have a method weights(q, k) -> (batch, heads, T, T), the softmax before any shaping gain. It is
-    called once more on the first `sequences` sequences of every batch, without gradient.
+    called once more on the first `sequences` sequences of every batch, without gradient. A fourth argument
+    (batch, T), true at real tokens, is passed on as weights(q, k, real), and padding is left out.
 
     Nothing is attached outside a sample and off the steps that are due. Several forward passes inside
-    one sample add up. Activation checkpointing runs the forward pass again in `backward`: close the
-    sample before it.
+    one sample add up; what activation checkpointing computes again in the backward pass is not read twice.
 
     Raises: InputError when a pattern or class matches no module, an attention has no method `weights`,
         or `every` or `sequences` is below 1.
@@ -142,16 +142,22 @@ class Probe:
 
     def _attending(self, sample: Sample, site: str):
         def hook(module: Any, args: tuple) -> None:
+            if _recomputing():
+                return
+            q, k, _, *more = (None if x is None else x[: self.sequences].detach() for x in args)
+            real = more[0] if more else None
             with torch.no_grad():
-                weights = module.weights(*(x[: self.sequences].detach() for x in args[:2]))
+                weights = module.weights(q, k) if real is None else module.weights(q, k, real)
                 mask = None if sample.mask is None else sample.mask[: self.sequences]
-                moments = AttentionMoments.of(weights, mask)
+                moments = AttentionMoments.of(weights, mask if real is None else real[:, -q.shape[-2] :])
             before = sample.attentions.get(site)
             sample.attentions[site] = moments if before is None else before + moments
 
         return hook
 
     def _add_stream(self, sample: Sample, site: str, values: tuple) -> None:
+        if _recomputing():
+            return
         x = next((value for value in values if isinstance(value, Tensor)), None)
         if x is None or x.ndim < 2 + self.skip_first_token:
             found = "no tensor" if x is None else f"a tensor of shape {tuple(x.shape)}"
@@ -185,6 +191,11 @@ def observe(model: nn.Module, batches: Iterable[Any], **options: Any) -> Reading
             module.training = mode
     assert sample is not None
     return sample.readings(spectral=True)
+
+
+def _recomputing() -> bool:
+    """Whether the backward pass is under way, where activation checkpointing runs the forward pass again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _matching(model: nn.Module, wanted: str | Sequence[str] | type[nn.Module]) -> dict[str, nn.Module]:

@@ -208,6 +208,7 @@ def prepare(
     """
     shape = model_config(job, block, corpus)
     model = build(shape, job.training.seed)
+    model.gradient_checkpointing = job.training.gradient_checkpointing
     batches = training_batches(job, corpus)
     judge = validation(job, corpus)
     probe = Probe(model, "blocks.*", attentions="**.mixing", every=job.training.observe_every)

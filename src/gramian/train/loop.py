@@ -47,6 +47,8 @@ class Training:
     """Largest gradient norm; inf for no clipping."""
     precision: str = "fp32"
     """Arithmetic of the forward pass: fp32, or bf16 for autocast."""
+    gradient_checkpointing: bool = False
+    """Whether blocks are computed again in the backward pass, to save memory."""
     compile: bool = False
     """Compile the model with torch.compile (steps that are observed run uncompiled)."""
     device: str = "auto"
