@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gramian.errors import InputError
 from gramian.nn.attention import Attention, ShapedMixing, SoftCapMixing, SoftmaxMixing, uniform_mean
+from gramian.nn.view import View
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -50,10 +51,13 @@ def test_shaped_mixing_equals_the_explicit_matrix(causal, centre, dtype, toleran
         torch.testing.assert_close(one, other, rtol=0, atol=10 * tolerance * other.abs().max().item())
 
 
-def test_shaped_mixing_gradients_by_finite_differences() -> None:
-    mixing = random_shaped(True, True, torch.float64)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_shaped_mixing_gradients_by_finite_differences(causal, padded) -> None:
+    mixing = random_shaped(causal, True, torch.float64)
+    real = torch.tensor([[True] * 3 + [False] * 2]) if padded else None
     inputs = [normal(1, 3, 5, 4, seed=s).requires_grad_() for s in range(3)]
-    assert torch.autograd.gradcheck(lambda q, k, v: mixing(q, k, v), inputs)
+    assert torch.autograd.gradcheck(lambda q, k, v: mixing(q, k, v, real), inputs)
 
 
 class ShapeLog(TorchDispatchMode):
@@ -81,6 +85,37 @@ def test_shaped_mixing_allocates_no_square_of_tokens(causal) -> None:
     with ShapeLog() as explicit:  # control: the log does see a T×T matrix
         SoftCapMixing(30.0, causal)(q, k, v).sum().backward()
     assert explicit.largest >= tokens**2
+
+
+def view(kind: str, tokens: int, causal: bool) -> View:
+    if kind == "documents":  # of very different lengths, which one padded batch would blow up
+        lengths = [tokens // 2, 3, 40, 1, *[16] * 8]
+        numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        return View.packed(nn.functional.pad(numbers, (0, tokens - len(numbers)), value=-1)[None])
+    real = torch.ones(1, tokens, dtype=torch.bool)
+    if kind == "left padding":
+        real[:, : tokens // 4] = False
+    else:
+        real[:, -tokens // 4 :] = False
+    return View.padded(real, tokens, causal)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["left padding", "right padding", "documents"])
+def test_attention_with_a_view_allocates_no_square_of_tokens(kind, causal) -> None:
+    tokens = 512
+    attention = Attention(8, 1, ShapedMixing(1, causal))
+    x = normal(1, tokens, 8, dtype=torch.float32).requires_grad_()
+    with ShapeLog() as log:
+        attention(x, view(kind, tokens, causal)).sum().backward()
+    assert log.largest < tokens**2
+
+
+def test_documents_of_any_lengths_cost_at_most_twice_their_tokens() -> None:
+    lengths = torch.randint(1, 100, (40,), generator=torch.Generator().manual_seed(0))
+    documents = torch.arange(40).repeat_interleave(lengths)[None]
+    laid_out = sum(rows.index.numel() for rows in View.packed(documents).rows)
+    assert documents.numel() <= laid_out < 2 * documents.numel()
 
 
 @pytest.mark.parametrize("causal", [True, False])

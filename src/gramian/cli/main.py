@@ -12,6 +12,7 @@ from gramian.cli.evaluate import evaluate
 from gramian.cli.generate import generate
 from gramian.cli.list import list_names
 from gramian.cli.train import train
+from gramian.cli.verify import verify
 from gramian.errors import GramianError, StoppedError
 
 COMMANDS = {
@@ -19,6 +20,7 @@ COMMANDS = {
     "train": train,
     "generate": generate,
     "evaluate": evaluate,
+    "verify": verify,
     "list": list_names,
 }
 

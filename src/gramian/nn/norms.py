@@ -16,25 +16,18 @@ Norm = Callable[[int], nn.Module]
 class _Scale(torch.autograd.Function):
     """Map x, w, ε to y = w x r and r = 1/√(mean x² + ε), computed in float32 where x has less.
 
-        ∂x = r (w ∂y − x r² (⟨x w, ∂y⟩ + ∂r) / n),   ∂w = Σ_rows r x ∂y
+        ∂x = r (w ∂y − x r² (⟨w x, ∂y⟩ + ∂r) / n),   ∂w = Σ_rows r x ∂y
 
-    r is an output, not a hidden intermediate, so that higher derivatives go through it. Whatever is written
-    in place starts as a product of all factors that may be batched, since `vmap` refuses anything else.
+    r is an output, not a hidden intermediate, so that higher derivatives go through it.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         r = (norm.square() / x.shape[-1] + eps).rsqrt()
-        return (x.to(wide) * weight.to(wide)).mul_(r).to(x.dtype), r
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _ = inputs
-        ctx.save_for_backward(x, weight, output[1])
+        ctx.save_for_backward(x, weight, r)
+        return (x.to(wide) * r).mul_(weight.to(wide)).to(x.dtype), r
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -48,21 +41,32 @@ class _Scale(torch.autograd.Function):
         return dx.to(x.dtype), dw.to(weight.dtype), None
 
 
+def _transformed() -> bool:
+    """Whether `torch.compile`, `torch.func` or forward-mode differentiation is at work.
+
+    They need plain operations: in forward mode over forward mode, torch takes the derivative of what a
+    Function's own `jvp` returns for zero (pytorch issue 197867).
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 class RMSNorm(nn.RMSNorm):
-    """Division by the root mean square, with a backward that is fast on a CPU too.
+    """Division by the root mean square: `torch.nn.RMSNorm` with a backward that is fast on a CPU.
 
         y = w x / √(mean x² + ε)
 
     Shapes: (…, width) -> (…, width).
-    Holds: exactly; equal to `torch.nn.RMSNorm`, whose own kernels run on a GPU and under `torch.compile`.
+    Holds: exactly; torch's own operation runs on a GPU, under `torch.compile` and under `torch.func`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale each row; the result has the type of x."""
-        # forward mode sees plain operations: torch takes an autograd.Function's own nested `jvp` for constant
-        plain = x.device.type != "cpu" or torch.compiler.is_compiling() or forward_ad._current_level >= 0
+        """Scale every row; the result has the type of x."""
         unusual = self.weight is None or self.eps is None or x.shape[-1:] != self.normalized_shape
-        if plain or unusual or not x.is_floating_point():
+        if unusual or x.device.type != "cpu" or not x.is_floating_point() or _transformed():
             return super().forward(x)
         return _Scale.apply(x, self.weight, self.eps)[0]
 

@@ -231,8 +231,6 @@ class Transformer(nn.Module):
         shape = (len(tokens), before + tokens.shape[1])
         if mask.shape != shape:
             raise InputError(f"the attention mask must be (batch, tokens) = {shape}, got {tuple(mask.shape)}")
-        if not torch.compiler.is_compiling() and bool(mask.all()):
-            return None  # nothing is padding
         return View.padded(mask, tokens.shape[1], self.config.causal)
 
     def memory(self) -> list[Past]:

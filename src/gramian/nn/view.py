@@ -145,6 +145,8 @@ class View:
                 f"shape {tuple(mask.shape)} for {tokens} tokens"
             )
         real = mask.bool()
+        if not torch.compiler.is_compiling() and bool(real.all()):
+            return cls()  # a compiled graph cannot ask
         if not causal or mask.shape[1] != tokens:
             return cls(real)
         order = torch.argsort(~real, dim=1, stable=True)  # real tokens first, in their order

@@ -1,0 +1,65 @@
+"""`gramian verify`: a published system's claim, tested on this machine."""
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from gramian.errors import GramianError, InputError
+
+SYSTEMS = ("simplified_block",)
+
+
+class RefutedError(GramianError):
+    """A claim did not hold."""
+
+
+def verify(
+    system: Annotated[str, tyro.conf.Positional],
+    text: tuple[Path, ...] = (),
+    runs: Path = Path("runs"),
+    steps: int | None = None,
+    seeds: tuple[int, ...] = (),
+) -> None:
+    """Test the claim of a published system at a quick size, and that spoiled versions of it fail.
+
+    A run that was stopped goes on where it was.
+
+    Args:
+        system: which one; simplified_block.
+        text: text to train on; the Python standard library when none is given.
+        runs: folder of run folders.
+        steps: optimiser steps; a few minutes' worth when not given.
+        seeds: repetitions; three when not given.
+    """
+    if system not in SYSTEMS:
+        raise InputError(f"unknown system {system!r}; choose {', '.join(SYSTEMS)}")
+    module = importlib.import_module(f"gramian.systems.{system}")
+    config = module.quick()
+    job = replace(config.job, runs=runs, data=replace(config.job.data, text=text))
+    if steps is not None:
+        job = replace(job, training=replace(job.training, steps=steps))
+    config = replace(config, job=job, seeds=seeds or config.seeds)
+    console = Console()
+    console.print(" ".join(module.CLAIM.split()), highlight=False)
+    result = module.run(config, console=console)
+    rows = module.table(result)
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in row.values()))
+    console.print(table)
+    findings = module.check(result)
+    for finding in findings:
+        word, side = ("holds " if finding.holds else "FAILS "), ("≤" if finding.below else "≥")
+        error = f" ± {finding.error:.3f}" if finding.error else ""
+        console.print(
+            f"{word} {finding.what}: {finding.value:.3f}{error}, to be {side} {finding.bound:g}",
+            highlight=False,
+        )
+    failed = [finding.what for finding in findings if not finding.holds]
+    if failed:
+        raise RefutedError(f"the claim does not hold here: {failed[0]}")
