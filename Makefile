@@ -20,8 +20,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-bench: .venv/installed-bench
+bench: .venv/installed-dev
 	$(BIN)/python benchmarks/observation_overhead.py
+	$(BIN)/python benchmarks/shaped_attention.py
 	$(BIN)/python benchmarks/block_speed.py
 
 # The report's browser test runs when Chromium is there (Debian: as root).
@@ -38,10 +39,6 @@ browser:
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e ".[all,dev]"
 	touch $@ .venv/installed-user
-
-.venv/installed-bench: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) -e ".[all,dev,bench]"
-	touch $@ .venv/installed-dev .venv/installed-user
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

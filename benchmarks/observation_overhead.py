@@ -39,11 +39,11 @@ class Step:
         self.model: Transformer = build(config, 0).to(DEVICE)
         self.optimiser = adamw(self.model, 1e-3, 0.1, (0.9, 0.999), 1e-8)
         generator = torch.Generator().manual_seed(0)
-        windows = torch.randint(config.vocabulary, (batch, config.context + 1), generator=generator)
-        self.windows = windows.to(DEVICE)
+        tokens = torch.randint(config.vocabulary, (batch, config.context + 1), generator=generator)
+        self.batch = torch.stack((tokens[:, :-1], tokens[:, 1:]), 1).to(DEVICE)
 
     def __call__(self) -> None:
-        language_loss(self.model, self.windows).backward()
+        language_loss(self.model, self.batch).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad()

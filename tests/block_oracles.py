@@ -49,6 +49,7 @@ def mixing_matrix(mixing: Any, head: int, q: Tensor, k: Tensor) -> Tensor:
         gamma = 0 if mixing.gamma is None else mixing.gamma[head]
         identity = torch.eye(tokens, dtype=q.dtype)
         matrix = mixing.alpha[head] * identity + mixing.beta[head] * matrix - gamma * uniform
+        matrix = matrix if mixing.gain is None else mixing.gain * matrix
     return matrix
 
 
@@ -77,7 +78,11 @@ def mlp(module: Any, x: Tensor) -> Tensor:
 
 def block(name: str, module: Any, x: Tensor) -> Tensor:
     """One sequence through a block, from the equation of its docstring and the parts' places in it."""
-    if name in ("pre_norm", "sas", "sas_reparametrised", "value_skipinit", "outlier_protected"):
+    if name == "sas":
+        before, attend, feed = module
+        middle = attention(attend, norm(before, x))
+        return feed.skip * middle + feed.gain * mlp(feed.branch[1], norm(feed.branch[0], middle))
+    if name in ("pre_norm", "sas_reparametrised", "value_skipinit", "outlier_protected"):
         first, second = module
         before = norm(first.branch[0], x)
         middle = first.skip * x + first.gain * attention(first.branch[1], before)
@@ -96,4 +101,4 @@ def block(name: str, module: Any, x: Tensor) -> Tensor:
     assert name in ("sas_p", "sas_p_no_norm")
     normed = norm(module[0], x)
     attend, feed = module[1].branches
-    return attend.gain * attention(attend.branch, normed) + feed.gain * mlp(feed.branch, normed)
+    return attention(attend, normed) + feed.gain * mlp(feed.branch, normed)

@@ -42,7 +42,7 @@ def test_sas_equals_sas_p_at_the_start() -> None:
         gap = (one - two).abs().max() / two.abs().max()
         assert gap < 2e-6 / smallest
     trained = at_start(sas, bare)  # control: away from zero queries they differ
-    nn.init.normal_(trained[0].branch[1].query_key.weight, generator=torch.Generator().manual_seed(5))
+    nn.init.normal_(trained[1].query_key.weight, generator=torch.Generator().manual_seed(5))
     assert (trained(x) - at_start(sas_p, bare)(x)).abs().max() > 1e-3
 
 
@@ -80,7 +80,7 @@ def test_a_value_skipinit_block_starts_as_its_mlp() -> None:
 def test_depth_sets_the_gains() -> None:
     gains = {depth: outlier_protected(replace(PARTS, depth=depth))[0].gain for depth in (18, 72)}
     assert gains == {18: pytest.approx(0.2), 72: pytest.approx(0.1)}
-    assert sas(replace(PARTS, depth=18))[1].gain.item() == pytest.approx(0.1)
+    assert sas(replace(PARTS, depth=18))[2].gain.item() == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("pre_norm", 166.6), ("sas", 145.9), ("sas_p", 145.9)])

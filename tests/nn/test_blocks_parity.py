@@ -72,7 +72,7 @@ def composed(config: dict[str, Any], layer: int) -> nn.Module:
     if config["logit_softcap"] is not None:
         attention.mixing = SoftCapMixing(config["logit_softcap"], config["causal"])
     if config["shaped_attention"]:
-        attention.mixing = ShapedMixing(heads, config["causal"])
+        attention.mixing = ShapedMixing(heads, config["causal"], gain=attention.mixing.gain)
     full = config["value_proj"] == "full matrices"
     for name, listed in (
         ("value", "layers_with_value_matrix"),
@@ -87,10 +87,15 @@ def composed(config: dict[str, Any], layer: int) -> nn.Module:
             module.eps = config["norm_eps"]
         if isinstance(module, Sum):  # the reference gives each parallel branch a gain
             module.branches = nn.ModuleList(
-                branch if isinstance(branch, Residual) else Residual(branch, skip=0.0)
-                for branch in module.branches
+                branch if has_gain(branch) else Residual(branch, skip=0.0) for branch in module.branches
             )
     return built.double()
+
+
+def has_gain(branch: Any) -> bool:
+    if isinstance(branch, Attention):
+        return isinstance(branch.mixing, ShapedMixing) and branch.mixing.gain is not None
+    return isinstance(branch, Residual)
 
 
 def find(module: nn.Module, kind: type) -> Any:
@@ -134,6 +139,10 @@ def fill(built: nn.Module, layer: dict[str, Tensor], config: dict[str, Any]) -> 
             part.weight.copy_(take(f"norm{index}_scale"))
             if f"norm{index}_bias" in layer:
                 part.bias.copy_(take(f"norm{index}_bias"))
+    if has_gain(attention):
+        attention.mixing.gain.data.copy_(take("attn_block_resid_gain").squeeze())
+        if "attn_block_skip_gain" in layer and not config["parallel"]:
+            assert constant(take("attn_block_skip_gain")) == 0
     residuals = [part for part in built.modules() if isinstance(part, Residual)]
     for residual in residuals:
         direct = residual.branch

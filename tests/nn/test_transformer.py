@@ -252,6 +252,10 @@ def test_bad_input_is_named() -> None:
     model(tokens, past=memory)
     with pytest.raises(InputError, match="holds 2 sequences, and 1 came"):
         model(tokens[:1, :1], past=memory)
+    memory = model.memory()
+    model(tokens, torch.arange(9) >= torch.tensor([[0], [2]]), past=memory)
+    with pytest.raises(InputError, match="cache holds padding"):
+        model(tokens[:, :1], past=memory)
     with pytest.raises(InputError, match="key_heads must divide the 4 heads, got 3"):
         replace(CONFIG, key_heads=3)
     with pytest.raises(InputError, match="even mlp_width, got 7"):

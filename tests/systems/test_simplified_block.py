@@ -93,7 +93,7 @@ def test_published_sizes_are_in_the_presets() -> None:
     assert (encoder.shape.depth, encoder.objective, encoder.mask_probability) == (16, "masked", 0.25)
     decoder.check()
     encoder.check()
-    with pytest.raises(InputError, match="choose decoder or encoder"):
+    with pytest.raises(InputError, match="choose quick, decoder or encoder"):
         paper("vision")
     with pytest.raises(InputError, match="two different seeds"):
         run(replace(quick(), seeds=(1,)), QUIET)

@@ -166,9 +166,10 @@ def uniform_mean(
 class ShapedMixing(SoftmaxMixing):
     """Shaped attention: the identity at the start, drifting to softmax attention as its gains learn.
 
-        O_h = α_h V_h + β_h A_h V_h − γ_h C V_h
+        O_h = b (α_h V_h + β_h A_h V_h − γ_h C V_h)
 
-    C is the value of A at zero logits (`uniform_mean`), so zero queries with β = γ, α = 1 give O = V.
+    b is the gain of the whole branch where nothing stands between the mixing and the sum it ends in: merged
+    into α, β and γ it costs no pass over the activations. C is the value of A at zero logits (`uniform_mean`), so zero queries with β = γ, α = 1 give O = V.
     Without `centre` the last term is left out (Value-SkipInit). No T×T matrix is formed: A V is fused
     attention and C V a running mean, over real tokens alone.
 
@@ -179,7 +180,14 @@ class ShapedMixing(SoftmaxMixing):
     """
 
     def __init__(
-        self, heads: int, causal: bool = True, *, alpha: float = 1.0, beta: float = 1.0, centre: bool = True
+        self,
+        heads: int,
+        causal: bool = True,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        centre: bool = True,
+        gain: nn.Parameter | None = None,
     ) -> None:
         super().__init__(causal)
         if heads < 1:
@@ -187,6 +195,7 @@ class ShapedMixing(SoftmaxMixing):
         self.alpha = nn.Parameter(torch.full((heads,), float(alpha)))
         self.beta = nn.Parameter(torch.full((heads,), float(beta)))
         self.gamma = nn.Parameter(torch.full((heads,), float(beta))) if centre else None
+        self.gain = gain
 
     def forward(
         self, q: Queries, k: Keys, v: Values, real: Real | None = None, total: Tensor | None = None
@@ -196,13 +205,20 @@ class ShapedMixing(SoftmaxMixing):
         attended = super().forward(q, k, v, real).transpose(1, 2)
         own = v[:, :, -queries:].transpose(1, 2)
         own = own if group == 1 else own.repeat_interleave(group, 2)
-        alpha, beta = self.alpha.to(v.dtype)[:, None], self.beta.to(v.dtype)[:, None]
-        mixed = torch.addcmul(alpha * own, beta, attended)
-        if self.gamma is not None:
+        alpha, beta, gamma = (self._merged(gain) for gain in (self.alpha, self.beta, self.gamma))
+        assert alpha is not None and beta is not None
+        mixed = torch.addcmul(alpha.to(v.dtype) * own, beta.to(v.dtype), attended)
+        if gamma is not None:
             sums, count = uniform_mean(v, queries, self.causal, real, total)
             sums = sums if group == 1 else sums.repeat_interleave(group, 2)
-            mixed = mixed - (self.gamma.to(sums.dtype)[:, None] / count * sums).to(v.dtype)
+            mixed = mixed - (gamma.to(sums.dtype) / count * sums).to(v.dtype)
         return mixed.transpose(1, 2)
+
+    def _merged(self, gain: Tensor | None) -> Float[Tensor, "heads 1"] | None:
+        """Return a gain per head times that of the branch."""
+        if gain is None:
+            return None
+        return (gain if self.gain is None else self.gain * gain)[:, None]
 
 
 class Attention(nn.Module):

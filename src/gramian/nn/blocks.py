@@ -83,9 +83,10 @@ def _attention(parts: Parts, mixing: SoftmaxMixing, **maps: Any) -> Attention:
 
 
 def _simplified_attention(parts: Parts) -> Attention:
-    """Shaped attention on the normed input itself; only the first layer keeps a value matrix."""
+    """b_SA times shaped attention on the normed input itself; only the first layer keeps a value matrix."""
     value = Reparametrised(parts.width) if parts.layer == 0 else nn.Identity()
-    return _attention(parts, ShapedMixing(parts.heads, parts.causal), value=value, projection=nn.Identity())
+    mixing = ShapedMixing(parts.heads, parts.causal, gain=trainable(1.0))
+    return _attention(parts, mixing, value=value, projection=nn.Identity())
 
 
 def _mlp_gain(parts: Parts) -> nn.Parameter:
@@ -144,7 +145,7 @@ def sas(parts: Parts) -> nn.Module:
 
     Source: He & Hofmann 2024, arXiv 2311.01906, section 4.
     """
-    return _skipless_attention(parts, _simplified_attention(parts))
+    return Chain(parts.norm(parts.width), _simplified_attention(parts), _weighed_mlp(parts))
 
 
 def sas_reparametrised(parts: Parts) -> nn.Module:
@@ -158,11 +159,14 @@ def sas_reparametrised(parts: Parts) -> nn.Module:
 
 def _skipless_attention(parts: Parts, attention: Attention) -> nn.Module:
     """Return an attention sub-block with no skip, then an MLP sub-block with one, all gains trainable."""
+    first = Residual(Chain(parts.norm(parts.width), attention), skip=0.0, gain=trainable(1.0))
+    return Chain(first, _weighed_mlp(parts))
+
+
+def _weighed_mlp(parts: Parts) -> nn.Module:
+    """a_FF X + b_FF MLP(N X), both gains trainable."""
     mlp = Chain(parts.norm(parts.width), _mlp(parts))
-    return Chain(
-        Residual(Chain(parts.norm(parts.width), attention), skip=0.0, gain=trainable(1.0)),
-        Residual(mlp, skip=trainable(1.0), gain=_mlp_gain(parts)),
-    )
+    return Residual(mlp, skip=trainable(1.0), gain=_mlp_gain(parts))
 
 
 def sas_p(parts: Parts) -> nn.Module:
@@ -173,7 +177,7 @@ def sas_p(parts: Parts) -> nn.Module:
     Source: He & Hofmann 2024, arXiv 2311.01906, section 4.
     """
     branches = Sum(
-        Residual(_simplified_attention(parts), skip=0.0, gain=trainable(1.0)),
+        _simplified_attention(parts),
         Residual(_mlp(parts), skip=0.0, gain=_mlp_gain(parts)),
     )
     return Chain(parts.norm(parts.width), branches)
@@ -245,6 +249,7 @@ def gains(block: nn.Module) -> dict[str, float]:
     for module in block.modules():
         if isinstance(module, ShapedMixing):
             found |= {"identity": module.alpha, "softmax": module.beta, "centring": module.gamma}
+            found |= {"attention gain": module.gain}
         elif isinstance(module, Reparametrised):
             found |= {"value identity": module.alpha, "value update": module.beta}
         elif isinstance(module, Residual):

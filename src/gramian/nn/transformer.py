@@ -202,6 +202,8 @@ class Transformer(nn.Module):
             raise InputError(
                 f"a sequence of {before + length} tokens exceeds the context of {self.config.context}"
             )
+        if mask is None and past and past[0].padded:
+            raise InputError("the cache holds padding; give the attention mask of all tokens so far")
         view = self._view(tokens, mask, documents, before)
         places = positions(view, before, length, documents, tokens.device)
         x = (self.embedding(tokens) if embedded is None else embedded) + self.positions(places)

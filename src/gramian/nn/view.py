@@ -50,6 +50,11 @@ class Past:
         """Number of sequences remembered."""
         return 0 if self._keys is None else len(self._keys)
 
+    @property
+    def padded(self) -> bool:
+        """Whether padding is among the tokens so far."""
+        return self._real is not None
+
     def append(
         self,
         keys: Float[Tensor, "batch key_heads tokens head_width"],

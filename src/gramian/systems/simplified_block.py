@@ -121,7 +121,7 @@ def paper(which: str = "decoder") -> Config:
             blocks=(BASE, "parallel", *SIMPLIFIED, "sas_p_no_norm", "value_skipinit"),
             name="simplified_block_bert",
         )
-    raise InputError(f"unknown setting {which!r}; choose decoder or encoder")
+    raise InputError(f"unknown setting {which!r}; choose quick, decoder or encoder")
 
 
 @dataclass(frozen=True)
