@@ -70,7 +70,7 @@ class Moments:
             raise InputError(f"moments need floating-point tokens (..., d), not {x.dtype} {tuple(x.shape)}")
         rows = x.detach().reshape(-1, x.shape[-1])
         if mask is not None:
-            rows = rows[_kept(mask, x.shape[:-1])]
+            rows = rows[_kept(mask, x.shape[:-1]).to(x.device)]
         first, *others = (cls._of_rows(part, centre) for part in rows.split(ROWS))
         return sum(others, first)
 
