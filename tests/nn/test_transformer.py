@@ -86,6 +86,14 @@ def test_packed_documents_are_as_if_alone(name, causal) -> None:
     assert (packed[0, 5:11] - model(tokens)[0, 5:11]).abs().max() > 1e-3  # control: unpacked they see more
 
 
+def test_packed_documents_may_fill_more_than_a_context() -> None:
+    model, tokens = model_of("sas"), tokens_of(1, 30)
+    documents = torch.tensor([[0] * 15 + [1] * 15])
+    torch.testing.assert_close(model(tokens, documents=documents)[:, 15:], model(tokens[:, 15:]))
+    with pytest.raises(InputError, match="17 tokens exceeds the context of 16"):
+        model(tokens, documents=torch.tensor([[0] * 17 + [1] * 13]))
+
+
 @every_decoder
 @pytest.mark.parametrize("sizes", [[11], [1] * 11, [4, 1, 1, 1, 4]], ids=["whole", "steps", "chunks"])
 @pytest.mark.parametrize("padded", [False, True])

@@ -4,11 +4,12 @@ Importing this module registers them, so that AutoConfig, AutoModelForCausalLM, 
 AutoModelForSequenceClassification open the folders of `gramian train` and of `save_pretrained`.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
+from transformers.utils.generic import can_return_tuple
 
 from gramian.errors import InputError
 from gramian.nn.attention import Attention
@@ -30,12 +32,11 @@ from gramian.nn.view import Past
 
 
 @strict
-@dataclass(repr=False)
 class GramianConfig(PreTrainedConfig):
     """The fields of `TransformerConfig`, with what Hugging Face needs beside them."""
 
     model_type = "gramian"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (the Trainer adds it to a list)
     attribute_map = {  # noqa: RUF012  (the base class declares it)
         "vocab_size": "vocabulary",
         "hidden_size": "width",
@@ -105,32 +106,39 @@ class PastLayer(CacheLayerMixin):
     def get_max_length(self) -> int:  # noqa: D102
         return -1
 
+    get_max_cache_shape = get_max_length  # its earlier name
+
     def reset(self) -> None:  # noqa: D102
         self.past = Past()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:  # noqa: D102
         self.past.reorder(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:  # noqa: D102
-        self.past.reorder(indices)
+    batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:  # noqa: D102
         self.past.reorder(torch.arange(self.past.sequences).repeat_interleave(repeats))
 
-    def crop(self, tokens_to_remove: int) -> None:  # noqa: D102
-        self.past.crop(self.past.length - abs(tokens_to_remove))
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last −n tokens, or, as callers earlier asked by a positive n, all but the first n."""
+        kept = tokens_to_remove if tokens_to_remove > 0 else self.past.length + tokens_to_remove
+        self.past.crop(kept)
 
 
 def memory_of(cache: Cache, depth: int) -> list[Past]:
     """Return the memories of a cache's layers, which an empty dynamic cache gets here.
 
-    Raises: InputError for another kind of cache.
+    Raises: InputError for another kind of cache, or one that another model filled.
     """
-    if cache.get_seq_length() == 0 and isinstance(cache, DynamicCache):
-        cache.layers = [PastLayer() for _ in range(depth)]
-    if not all(isinstance(layer, PastLayer) for layer in cache.layers):
-        raise InputError(f"these models decode with a DynamicCache, got a {type(cache).__name__}")
-    return [layer.past for layer in cache.layers if isinstance(layer, PastLayer)]
+    if isinstance(cache, DynamicCache) and not cache.offloading and cache.get_seq_length() == 0:
+        cache.layers[:] = [PastLayer() for _ in range(depth)]
+    memory = [layer.past for layer in cache.layers if isinstance(layer, PastLayer)]
+    if len(memory) != depth:
+        raise InputError(
+            "these models decode with a DynamicCache that is empty or their own, and not offloaded, got a "
+            f"{type(cache).__name__} of {len(cache.layers)} layers"
+        )
+    return memory
 
 
 class GramianPreTrainedModel(PreTrainedModel):
@@ -141,99 +149,137 @@ class GramianPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("Chain", "Residual")
+    _no_split_modules = ["Chain", "Residual"]  # noqa: RUF012  (the base class wants a list)
+    _causal: bool | None = None
+    """Whether the class takes decoders or encoders, or both."""
 
     def __init__(self, config: GramianConfig) -> None:
+        if self._causal not in (None, config.causal):
+            kind = "causal" if config.causal else "masked"
+            raise InputError(
+                f"this run was trained with the {kind} objective; open it as a {kind} language model"
+            )
         super().__init__(config)
         self.transformer = Transformer(config.shape())
+        self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Load as Hugging Face does, but refuse weights of another block or shape.
 
-        Raises: InputError naming a weight of the transformer that the checkpoint lacks or does not know.
+        Raises: InputError naming a weight that the checkpoint lacks, does not know or has in another shape,
+        and for a damaged file.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        for kind in ("missing_keys", "unexpected_keys"):
-            names = sorted(name for name in info[kind] if name.startswith("transformer.blocks."))
-            if names:
-                verb = "lacks" if kind == "missing_keys" else "holds"
-                raise InputError(
-                    f"the checkpoint {verb} {names[0]} (and {len(names) - 1} more): it is not of "
-                    f"{model.config.depth} blocks {model.config.block!r}"
-                )
+        reshape = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            loaded: Any = super().from_pretrained(*args, **kwargs)
+        except SafetensorError as error:
+            raise InputError(f"the weights in {args[0]} are damaged or cut short: {error}") from error
+        model, info = loaded
+        wrong = [
+            *(f"lacks {name}" for name in info["missing_keys"] if name.startswith("transformer.")),
+            *(f"also holds {name}" for name in info["unexpected_keys"] if name.startswith("transformer.")),
+            *(f"has {name} in another shape" for name, *_ in info["mismatched_keys"] if not reshape),
+        ]
+        if wrong:
+            raise InputError(
+                f"the checkpoint {min(wrong)} ({len(wrong)} such differences): it is not of "
+                f"{model.config.depth} blocks {model.config.block!r} as config.json describes them"
+            )
         return (model, info) if output_loading_info else model
 
+    def initialize_weights(self) -> None:
+        """Fill what no checkpoint brought, as `gramian.nn.init.initialise_` would."""
+        new = [module for module in self.modules() if not getattr(module, "_is_hf_initialized", False)]
+        super().initialize_weights()  # it passes over modules without parameters of their own
+        for module in new:
+            parameters = list(module.parameters())
+            loaded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters)
+            if isinstance(module, (Attention, Reparametrised, Positions)) and not loaded:
+                device = parameters[0].device if parameters else torch.device("cpu")
+                module.initialise_(torch.Generator(device).manual_seed(int(torch.randint(2**31, ()))))
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Fill what a checkpoint did not bring."""
-        loaded = any(getattr(p, "_is_hf_initialized", False) for p in module.parameters())
-        if isinstance(module, (nn.Linear, nn.Embedding)):  # Hugging Face's guard spares what was loaded
+        """Draw a linear map or an embedding; Hugging Face's guard spares what was loaded."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.transformer.config.std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, (Attention, Reparametrised, Positions)) and not loaded:
-            device = next((p.device for p in module.parameters()), torch.device("cpu"))
-            seed = int(torch.randint(2**31, ()))
-            module.initialise_(torch.Generator(device).manual_seed(seed))
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize as Hugging Face does, and let the transformer's own configuration know."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.transformer.config = self.config.shape()
+        return embedding
 
     def get_input_embeddings(self) -> nn.Module:  # noqa: D102
         return self.transformer.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:  # noqa: D102
-        self.transformer.embedding = value
+        self.transformer.add_module("embedding", value)
 
-    def get_output_embeddings(self) -> nn.Module:  # noqa: D102
-        return self.transformer.head
+    def get_output_embeddings(self) -> nn.Module | None:  # noqa: D102
+        head = self.transformer.get_submodule("head")
+        return None if isinstance(head, nn.Identity) else head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:  # noqa: D102
-        self.transformer.head = new_embeddings
+        self.transformer.add_module("head", new_embeddings)
 
     def _features(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         inputs_embeds: Tensor | None,
-        position_ids: Tensor | None = None,
+        output_hidden_states: bool | None,
+        documents: Tensor | None = None,
         cache: Cache | None = None,
-        hidden: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Return what the head reads; `hidden` takes the stream entering each block and leaving the last.
-
-        Positions that start again at zero, without a mask, mark packed documents.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Return what the head reads and, if wanted, the stream entering each block and the final norm."""
+        if input_ids is None and inputs_embeds is not None:
+            input_ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
+        elif input_ids is None or inputs_embeds is not None:
             raise InputError("give either input_ids or inputs_embeds, not both or neither")
-        if inputs_embeds is not None:
-            input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
-        documents = None
-        if position_ids is not None and attention_mask is None and cache is None:
-            documents = (position_ids == 0).cumsum(-1).expand_as(input_ids)
+        documents = None if documents is None else documents.expand_as(input_ids)
+        if documents is not None and cache is not None:
+            raise InputError("packed documents take no cache; pass use_cache=False")
         past = None if cache is None else memory_of(cache, self.config.depth)
-        handles = []
-        if hidden is not None:
-            blocks = self.transformer.blocks
-            handles = [b.register_forward_pre_hook(lambda _, args: hidden.append(args[0])) for b in blocks]
-            handles.append(blocks[-1].register_forward_hook(lambda _, args, y: hidden.append(y)))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden: list[Tensor] = []
+        read = (*self.transformer.blocks, self.transformer.norm) if output_hidden_states else ()
+        handles = [part.register_forward_pre_hook(lambda _, args: hidden.append(args[0])) for part in read]
         try:
-            return self.transformer.features(input_ids, attention_mask, documents, past, inputs_embeds)
+            features = self.transformer.features(input_ids, attention_mask, documents, past, inputs_embeds)
         finally:
             for handle in handles:
                 handle.remove()
+        return features, tuple(hidden) if output_hidden_states else None
+
+
+def _documents(position_ids: Tensor | None, mask: Tensor | None, before: int = 0) -> Tensor | None:
+    """Return the number of each token's packed document; None where there are no several of them.
+
+    As in Hugging Face's own models, positions tell only where no mask is given.
+    """
+    if position_ids is None or mask is not None:
+        return None
+    count = torch.arange(before, before + position_ids.shape[1], device=position_ids.device)
+    if bool((position_ids == count).all()):
+        return None
+    begins, goes_on = position_ids == 0, position_ids[:, 1:] == position_ids[:, :-1] + 1
+    if before or not bool(begins[:, 0].all() and (begins[:, 1:] | goes_on).all()):
+        raise InputError("position_ids must count on, or begin again at 0 with every packed document")
+    return begins.cumsum(-1)
 
 
 class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
     """A decoder that predicts the next token, and generates."""
 
     _tied_weights_keys = {"transformer.head.weight": "transformer.embedding.weight"}  # noqa: RUF012
+    _causal = True
 
-    def __init__(self, config: GramianConfig) -> None:
-        if not config.causal:
-            raise InputError(
-                "this run was trained with the masked objective; open it as a masked language model"
-            )
-        super().__init__(config)
-        self.post_init()
-
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -249,25 +295,24 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return logits, the loss of predicting each next label, and the cache.
 
-        The cache carries no gradient, so that it is made by default only where gradients are off.
+        The cache carries no gradient, so that it is made by default only where gradients are off. Without a
+        mask, position_ids that begin again at 0 mark packed documents, which take no cache.
         """
+        before = 0 if past_key_values is None else past_key_values.get_seq_length()
+        documents = _documents(position_ids, attention_mask, before)
         if use_cache is None:
-            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+            use_cache = self.config.use_cache and documents is None and not torch.is_grad_enabled()
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        hidden: list[Tensor] | None = [] if output_hidden_states else None
-        features = self._features(
-            input_ids, attention_mask, inputs_embeds, position_ids, past_key_values, hidden
+        features, hidden = self._features(
+            input_ids, attention_mask, inputs_embeds, output_hidden_states, documents, past_key_values
         )
         logits = self.transformer.head(features[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocabulary, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values,
-            hidden_states=None if hidden is None else tuple(hidden),
+            loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=hidden
         )
 
 
@@ -275,15 +320,9 @@ class GramianForMaskedLM(GramianPreTrainedModel):
     """An encoder that predicts masked tokens."""
 
     _tied_weights_keys = {"transformer.head.weight": "transformer.embedding.weight"}  # noqa: RUF012
+    _causal = False
 
-    def __init__(self, config: GramianConfig) -> None:
-        if config.causal:
-            raise InputError(
-                "this run was trained with the causal objective; open it as a causal language model"
-            )
-        super().__init__(config)
-        self.post_init()
-
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -295,15 +334,15 @@ class GramianForMaskedLM(GramianPreTrainedModel):
         **kwargs: Any,
     ) -> MaskedLMOutput:
         """Return logits and the loss at the labels that are not −100."""
-        hidden: list[Tensor] | None = [] if output_hidden_states else None
-        features = self._features(input_ids, attention_mask, inputs_embeds, position_ids, hidden=hidden)
+        documents = _documents(position_ids, attention_mask)
+        features, hidden = self._features(
+            input_ids, attention_mask, inputs_embeds, output_hidden_states, documents
+        )
         logits = self.transformer.head(features)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocabulary, **kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=None if hidden is None else tuple(hidden)
-        )
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=hidden)
 
 
 class GramianForSequenceClassification(GramianPreTrainedModel):
@@ -312,18 +351,18 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
     An encoder's features are averaged over the real tokens; a decoder's are those of the last real token.
     """
 
-    _keys_to_ignore_on_load_unexpected = (r"transformer\.head\.weight",)
+    _keys_to_ignore_on_load_unexpected = [r"transformer\.head\.weight"]  # noqa: RUF012
+    accepts_loss_kwargs = False
+    """The loss is a mean over the batch, which the Trainer is to divide when it accumulates batches."""
 
     def __init__(self, config: GramianConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
-        self.transformer.head = nn.Identity()
-        self.score = nn.Linear(config.width, config.num_labels)
-        self.post_init()
+        self.num_labels = config.num_labels or 2  # Hugging Face's default
+        self.transformer.add_module("head", nn.Identity())
+        self.score = nn.Linear(config.width, self.num_labels)
+        self.post_init()  # of what is new
 
-    def get_output_embeddings(self) -> None:  # noqa: D102
-        return None
-
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -334,15 +373,12 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Return a score per label, and the loss; without a mask every token counts."""
-        hidden: list[Tensor] | None = [] if output_hidden_states else None
-        features = self._features(input_ids, attention_mask, inputs_embeds, hidden=hidden)
+        features, hidden = self._features(input_ids, attention_mask, inputs_embeds, output_hidden_states)
         logits = self.score(self._pooled(features, attention_mask))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=None if hidden is None else tuple(hidden)
-        )
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden)
 
     def _pooled(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Return one vector a sequence; a row of padding gives zeros from an encoder."""

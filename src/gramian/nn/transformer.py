@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -156,10 +158,14 @@ class Transformer(nn.Module):
     see each other, and positions restart in each. `past` is what each layer remembers of the tokens before
     (`memory()`), for decoding; it grows by these tokens, and `mask` then covers those before too.
 
-    Shapes: tokens, mask, documents (batch, T) with T ≤ context -> logits (batch, T, vocabulary).
+    Shapes: tokens, mask, documents (batch, T) -> logits (batch, T, vocabulary); T ≤ context, or that of
+    each document.
     Raises: InputError for sizes that do not fit, sequences beyond the context, a mask of another shape.
     Holds: exactly: a decoder's logits at t depend on tokens up to t alone, and on none that are padding.
     """
+
+    _gradient_checkpointing_func: Any = staticmethod(partial(checkpoint, use_reentrant=False))
+    """How a block is computed again; Hugging Face sets its own."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -198,19 +204,18 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "batch tokens width"]:
         """Return what the head reads; `embedded` takes the place of the tokens' embeddings."""
         length, before = tokens.shape[1], past[0].length if past else 0
-        if before + length > self.config.context:
-            raise InputError(
-                f"a sequence of {before + length} tokens exceeds the context of {self.config.context}"
-            )
         if mask is None and past and past[0].padded:
             raise InputError("the cache holds padding; give the attention mask of all tokens so far")
         view = self._view(tokens, mask, documents, before)
         places = positions(view, before, length, documents, tokens.device)
+        longest = before + length if documents is None else int(places.max()) + 1
+        if longest > self.config.context:
+            raise InputError(f"a sequence of {longest} tokens exceeds the context of {self.config.context}")
         x = (self.embedding(tokens) if embedded is None else embedded) + self.positions(places)
         for layer, memory in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
             inner = view if memory is None else (view or View()).after(memory)
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(through, layer, x, inner, use_reentrant=False)
+                x = self._gradient_checkpointing_func(through, layer, x, inner)
             else:
                 x = through(layer, x, inner)
         return self.norm(x)

@@ -36,7 +36,12 @@ def describe(folder: Path, shape: TransformerConfig, tokenizer: Tokenizer) -> No
     write_text(folder / TOKENIZER, tokenizer.to_str())
     write_json(
         folder / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": shape.context, **special},
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": shape.context,
+            "padding_side": "left" if shape.causal else "right",  # a decoder goes on at the right end
+            **special,
+        },
     )
     if shape.causal:
         write_json(folder / "generation_config.json", ids)
