@@ -63,7 +63,7 @@ def test_a_run_learns_and_leaves_all_that_is_needed_to_use_it(config) -> None:
     assert judged["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-5)
     rows = run.record.read()
     seen = next(row for row in rows if row["kind"] == "observe")
-    assert {site.count(".") for site in seen["sites"]} == {1, 2, 5}  # blocks, last output, mixings
+    assert {site.count(".") for site in seen["sites"]} == {1, 2, 3}  # blocks, last output, mixings
     mixing = next(values for site, values in seen["sites"].items() if site.endswith("mixing"))
     uniform = sum(math.log(i) for i in range(1, 17)) / 16  # zero queries: uniform attention
     assert mixing["attention_entropy"] == pytest.approx(uniform, rel=1e-5)

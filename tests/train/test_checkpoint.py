@@ -54,8 +54,8 @@ def test_keeps_the_newest_and_leaves_nothing_half_written(tmp_path, monkeypatch)
 
 def test_broken_weights_are_not_saved(tmp_path) -> None:
     model, optimiser = trained(0)
-    model.blocks[0][1].branch[1].up.weight.data[0, 0] = float("nan")
-    with pytest.raises(DivergedError, match=r"blocks\.0\.1\.branch\.1\.up\.weight are not finite"):
+    model.blocks[0][2].branch[1].up.weight.data[0, 0] = float("nan")
+    with pytest.raises(DivergedError, match=r"blocks\.0\.2\.branch\.1\.up\.weight are not finite"):
         save(tmp_path, 3, model, optimiser, {})
     assert checkpoints(tmp_path) == []
 

@@ -168,10 +168,11 @@ class ShapedMixing(SoftmaxMixing):
 
         O_h = b (α_h V_h + β_h A_h V_h − γ_h C V_h)
 
-    b is the gain of the whole branch where nothing stands between the mixing and the sum it ends in: merged
-    into α, β and γ it costs no pass over the activations. C is the value of A at zero logits (`uniform_mean`), so zero queries with β = γ, α = 1 give O = V.
+    C is the value of A at zero logits (`uniform_mean`), so zero queries with β = γ, α = 1 give O = V.
     Without `centre` the last term is left out (Value-SkipInit). No T×T matrix is formed: A V is fused
-    attention and C V a running mean, over real tokens alone.
+    attention and C V a running mean, over real tokens alone. b is the `gain` of the whole branch, where
+    nothing stands between the mixing and the sum that the branch ends in: merged into α, β and γ it costs no
+    pass over the activations.
 
     Shapes: as `SoftmaxMixing`.
     Raises: InputError unless heads ≥ 1.
@@ -205,20 +206,17 @@ class ShapedMixing(SoftmaxMixing):
         attended = super().forward(q, k, v, real).transpose(1, 2)
         own = v[:, :, -queries:].transpose(1, 2)
         own = own if group == 1 else own.repeat_interleave(group, 2)
-        alpha, beta, gamma = (self._merged(gain) for gain in (self.alpha, self.beta, self.gamma))
-        assert alpha is not None and beta is not None
+        alpha, beta = self._merged(self.alpha), self._merged(self.beta)
         mixed = torch.addcmul(alpha.to(v.dtype) * own, beta.to(v.dtype), attended)
-        if gamma is not None:
+        if self.gamma is not None:
             sums, count = uniform_mean(v, queries, self.causal, real, total)
             sums = sums if group == 1 else sums.repeat_interleave(group, 2)
-            mixed = mixed - (gamma.to(sums.dtype) / count * sums).to(v.dtype)
+            mixed = mixed - (self._merged(self.gamma).to(sums.dtype) / count * sums).to(v.dtype)
         return mixed.transpose(1, 2)
 
-    def _merged(self, gain: Tensor | None) -> Float[Tensor, "heads 1"] | None:
-        """Return a gain per head times that of the branch."""
-        if gain is None:
-            return None
-        return (gain if self.gain is None else self.gain * gain)[:, None]
+    def _merged(self, gains: Float[Tensor, " heads"]) -> Float[Tensor, "heads 1"]:
+        """Return gains per head times that of the branch."""
+        return (gains if self.gain is None else self.gain * gains)[:, None]
 
 
 class Attention(nn.Module):

@@ -144,8 +144,8 @@ class Probe:
         def hook(module: Any, args: tuple) -> None:
             if _recomputing():
                 return
-            q, k, _, *more = (None if x is None else x[: self.sequences].detach() for x in args)
-            real = more[0] if more else None
+            q, k = (x[: self.sequences].detach() for x in args[:2])
+            real = None if len(args) < 4 or args[3] is None else args[3][: self.sequences]
             with torch.no_grad():
                 weights = module.weights(q, k) if real is None else module.weights(q, k, real)
                 mask = None if sample.mask is None else sample.mask[: self.sequences]
