@@ -1,5 +1,3 @@
-import warnings
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,6 +64,7 @@ def test_epsilon_is_inside_the_root() -> None:
     assert (ours(x) - outside).abs().max() > 0.1
 
 
+@pytest.mark.filterwarnings("ignore:Please use .torch.vmap:FutureWarning")  # gradcheck's own, torch 2.6
 def test_derivatives_of_first_and_second_order() -> None:
     ours, _ = both(5)
     x, weight = draw(2, 3, 5).requires_grad_(), draw(5, seed=1).requires_grad_()
@@ -100,12 +99,11 @@ def test_low_precision_is_rounded_once(dtype, weight_dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_autocast_changes_neither_type_nor_sums(dtype) -> None:
-    ours, theirs = both(64, torch.float32)
+    ours, _ = both(64, torch.float32)
     x = draw(100, 64, dtype=dtype)
     alone = everything(ours, x)
-    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Mismatch dtype")  # torch's, of x and weight
-        assert ours(x).dtype == theirs(x).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == dtype
         inside = everything(ours, x)
     torch.testing.assert_close(inside, alone, rtol=0, atol=0)
 
@@ -182,6 +180,10 @@ def test_forward_over_reverse_without_transforms() -> None:
     torch.testing.assert_close(curvature(ours), curvature(theirs), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
+    reason="an earlier dynamo cannot trace the annotation checks of the tests",
+)
 def test_compiles_to_torchs_own_operation() -> None:
     graphs = []
 
