@@ -90,6 +90,8 @@ def test_packed_documents_may_fill_more_than_a_context() -> None:
     model, tokens = model_of("sas"), tokens_of(1, 30)
     documents = torch.tensor([[0] * 15 + [1] * 15])
     torch.testing.assert_close(model(tokens, documents=documents)[:, 15:], model(tokens[:, 15:]))
+    padded = torch.tensor([[0] * 11 + [-1] * 19])  # padding has no length to fit
+    torch.testing.assert_close(model(tokens, documents=padded)[:, :11], model(tokens[:, :11]))
     with pytest.raises(InputError, match="17 tokens exceeds the context of 16"):
         model(tokens, documents=torch.tensor([[0] * 17 + [1] * 13]))
 

@@ -23,8 +23,8 @@ def evaluate(config: tyro.conf.OmitArgPrefixes[task.EvaluateConfig]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    left = result["left_out_documents"]
+    left = f"; {result['left_out_documents']:,} beyond max_bytes left out"
     console.print(
-        f"{result['documents']:,} documents" + (f"; {left:,} beyond max_bytes left out" if left else ""),
+        f"documents: {result['documents']:,}" + (left if result["left_out_documents"] else ""),
         highlight=False,
     )

@@ -216,7 +216,7 @@ def positions(
     `before` tokens lie in a cache.
 
     Shapes: -> (tokens) without padding or documents, (batch, tokens) otherwise.
-    Holds: exactly; padding takes position 0 or that of the real token before it.
+    Holds: exactly; padding takes position 0, or without documents that of the real token before it.
     """
     if documents is not None:
         return _restarted(documents)
@@ -233,4 +233,4 @@ def _restarted(documents: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tok
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     start = torch.where(first, column, 0).cummax(1).values
-    return torch.zeros_like(documents).scatter(1, order, column - start)
+    return torch.zeros_like(documents).scatter(1, order, column - start) * (documents >= 0)

@@ -55,8 +55,7 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> dict[
     run = open_saved(config.run)
     model, tokenizer = trained_model(run), tokenizer_of(run)
     shape = model.config
-    objective = HiddenTokens(shape.vocabulary - 1, config.mask_probability, seed=0)
-    predicted = NextToken() if shape.causal else objective
+    planes = NextToken() if shape.causal else HiddenTokens(shape.vocabulary - 1, config.mask_probability, 0)
     with console.status("reading and tokenising the text"):
         chosen = config.text
         documents = text.read(chosen, config.column, config.pattern) if chosen else text.standard_library()
@@ -65,7 +64,7 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> dict[
     batches = list(stretches(tokens.long(), shape.context, config.batch))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     shown = track(batches, "predicting", console=console, transient=True)
-    nats, targets = predict(model, (predicted(windows, step) for step, windows in enumerate(shown)))
+    nats, targets = predict(model, (planes(windows, step) for step, windows in enumerate(shown)))
     result = {
         "loss": nats / len(targets),
         "bits_per_byte": bits_per_byte(nats, bytes_of_tokens(tokenizer)[targets]),

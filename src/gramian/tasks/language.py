@@ -189,8 +189,8 @@ def training_batches(job: Job, corpus: Corpus) -> Callable[[int], Tensor]:
     """
     seed = job.training.seed
     windows = Windows(corpus.train, job.shape.context, job.training.batch, seed)
-    predict = objective(job, corpus, seed)
-    return lambda step: predict(windows(step), step)
+    planes = objective(job, corpus, seed)
+    return lambda step: planes(windows(step), step)
 
 
 def validation(job: Job, corpus: Corpus) -> Validation:
