@@ -75,7 +75,9 @@ def test_generation_continues_the_prompt(runs) -> None:
             break
     assert greedy == [tokenizer.decode(tokens[len(tokenizer.encode("once upon").ids) :])]
     drawn = GenerateConfig(run=folder, tokens=12, samples=3, temperature=1.5)
+    before = torch.get_rng_state()
     assert generate(drawn) == generate(drawn)
+    assert torch.equal(before, torch.get_rng_state())
     assert generate(drawn) != generate(replace(drawn, seed=1))
     assert len(set(generate(drawn))) > 1
     assert len(generate(GenerateConfig(run=folder, tokens=4, beams=3, samples=2))) == 2

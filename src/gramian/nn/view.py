@@ -12,7 +12,7 @@ from gramian.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Tokens laid out as one sequence a row, each beginning with its real tokens, and the way back.
+    """Tokens laid out as one sequence a row, each beginning with its real tokens.
 
     In this layout a causal mask hides all padding from the real tokens, so that attention stays fused and
     means over the past are plain running means.

@@ -59,8 +59,6 @@ def generate(config: GenerateConfig) -> list[str]:
     Raises: InputError for settings that cannot be used, a run of the masked objective, and a prompt that
     leaves no room in the context.
     """
-    from transformers import set_seed
-
     from gramian.interop.huggingface import GramianConfig, GramianForCausalLM
 
     config.check()
@@ -74,10 +72,8 @@ def generate(config: GenerateConfig) -> list[str]:
             f"the prompt's {len(prompt)} tokens and {config.tokens} new ones exceed the run's context of "
             f"{shape.context}"
         )
-    model: Any = GramianForCausalLM(GramianConfig(**asdict(shape)))
-    model.transformer = trained_model(run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.eval().to(device)
+    tokens = torch.tensor([prompt], device=device)
     drawing = {"do_sample": False}
     if config.beams == 1 and config.temperature > 0:
         drawing = {
@@ -86,14 +82,17 @@ def generate(config: GenerateConfig) -> list[str]:
             "top_k": config.top_k,
             "top_p": config.top_p,
         }
-    tokens = torch.tensor([prompt], device=device)
-    set_seed(config.seed)
-    found = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=config.tokens,
-        num_beams=config.beams,
-        num_return_sequences=config.samples,
-        **drawing,
-    )
+    with torch.random.fork_rng():  # torch's own stream, from which `generate` draws, is put back
+        model: Any = GramianForCausalLM(GramianConfig(**asdict(shape)))
+        model.transformer = trained_model(run)
+        model.eval().to(device)
+        torch.manual_seed(config.seed)
+        found = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=config.tokens,
+            num_beams=config.beams,
+            num_return_sequences=config.samples,
+            **drawing,
+        )
     return [tokenizer.decode(row[len(prompt) :].tolist()) for row in found]
