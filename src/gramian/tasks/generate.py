@@ -82,7 +82,8 @@ def generate(config: GenerateConfig) -> list[str]:
             "top_k": config.top_k,
             "top_p": config.top_p,
         }
-    with torch.random.fork_rng():  # torch's own stream, from which `generate` draws, is put back
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    with torch.random.fork_rng(devices):  # torch's own stream, from which `generate` draws, is put back
         model: Any = GramianForCausalLM(GramianConfig(**asdict(shape)))
         model.transformer = trained_model(run)
         model.eval().to(device)
