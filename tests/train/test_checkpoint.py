@@ -7,7 +7,7 @@ from torch import nn
 from gramian.errors import DivergedError, InputError
 from gramian.nn.transformer import TransformerConfig, build
 from gramian.train.checkpoint import MODEL, OPTIMISER, STATE, checkpoints, load, save
-from gramian.train.optimisers import adamw
+from gramian.train.optimisers import OPTIMISERS, Settings, adamw, build_optimiser
 
 SHAPE = TransformerConfig(vocabulary=20, context=8, width=12, depth=2, heads=2, block="sas")
 
@@ -35,6 +35,35 @@ def test_what_is_loaded_is_what_was_saved(tmp_path) -> None:
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         for key, value in optimiser.state[one].items():
             assert torch.equal(value, fresh.state[two][key])
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_going_on_from_a_checkpoint_is_going_on(tmp_path, name: str) -> None:
+    """Twelve steps at once, and five, a checkpoint, a fresh model and optimiser, and seven: the same bits."""
+
+    def steps(model, optimiser, numbers) -> None:
+        for step in numbers:
+            tokens = torch.randint(20, (2, 8), generator=torch.Generator().manual_seed(step))
+            nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+    models = [build(SHAPE, seed) for seed in (0, 0, 1)]
+    whole, half, rest = models
+    optimisers = [build_optimiser(name, model, Settings(1e-2, 0.1)) for model in models]
+    steps(whole, optimisers[0], range(12))
+    steps(half, optimisers[1], range(5))
+    saved = save(tmp_path, 5, half, optimisers[1], {})
+    load(saved, rest, optimisers[2])
+    steps(rest, optimisers[2], range(5, 12))
+    for one, two in zip(whole.parameters(), rest.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+    forgetful = build(SHAPE, 1)  # control: the weights alone are not enough
+    fresh = build_optimiser(name, forgetful, Settings(1e-2, 0.1))
+    load(saved, forgetful, build_optimiser(name, forgetful, Settings(1e-2, 0.1)))
+    steps(forgetful, fresh, range(5, 12))
+    assert not torch.equal(forgetful.embedding.weight, whole.embedding.weight)
 
 
 def test_keeps_the_newest_and_leaves_nothing_half_written(tmp_path, monkeypatch) -> None:

@@ -179,8 +179,8 @@ def _facts(config: CompareConfig, corpus: Corpus, run: Run, minutes: float) -> d
         "model": f"{shape.depth} layers, width {shape.width}, {shape.heads} heads, context {shape.context}, "
         f"{shape.norm}, {shape.activation}",
         "training": f"{training.steps:,} steps of {training.batch} sequences, {tokens:,} tokens a block",
-        "optimiser": f"AdamW, peak learning rate {training.learning_rate:g}, {training.schedule} decay, "
-        f"weight decay {training.weight_decay:g}, {training.precision}",
+        "optimiser": f"{training.optimiser}, peak learning rate {training.learning_rate:g}, "
+        f"{training.schedule} schedule, weight decay {training.weight_decay:g}, {training.precision}",
         "seed": str(training.seed),
         "training took": f"{minutes:.1f} minutes for all blocks",
         "versions": ", ".join(f"{name} {versions[name]}" for name in ("gramian", "torch", "python")),

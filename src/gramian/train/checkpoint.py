@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gramian.errors import DivergedError, InputError
 from gramian.files import atomic_folder, write_json
+from gramian.train.optimisers import parts
 
 MODEL, OPTIMISER, STATE = "model.safetensors", "optimiser.safetensors", "state.json"
 
@@ -55,11 +56,13 @@ def save(
     target = folder / f"step-{step:08d}"
     if target.exists():  # the same step of the same run: nothing new to say
         return Checkpoint(target, step)
-    tensors, scalars = _optimiser_state(model, optimiser)
+    tensors, rest = _optimiser_state(model, optimiser)
     with atomic_folder(target) as temporary:
         save_model(model, str(temporary / MODEL))
         save_file(tensors, temporary / OPTIMISER)
-        write_json(temporary / STATE, {**state, "step": step, "optimiser": scalars})
+        steps = [group.get("step") for group in _groups(optimiser)]
+        about = {"step": step, "optimiser": rest, "optimiser_steps": steps}
+        write_json(temporary / STATE, {**state, **about})
     if keep:
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old.folder)
@@ -75,15 +78,7 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimiser: torch.optim.Optimi
     try:
         tensors = load_file(checkpoint.folder / OPTIMISER)
         state = json.loads((checkpoint.folder / STATE).read_text(encoding="utf-8"))
-        entries: dict[str, dict[str, Any]] = state.pop("optimiser")
-        for key, value in tensors.items():
-            name, _, entry = key.rpartition("/")
-            entries.setdefault(name, {})[entry] = value
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        ordered = [names[parameter] for group in optimiser.param_groups for parameter in group["params"]]
-        found = {index: entries[name] for index, name in enumerate(ordered) if name in entries}
-        groups = optimiser.state_dict()["param_groups"]
-        optimiser.load_state_dict({"state": found, "param_groups": groups})
+        _restore(model, optimiser, tensors, state.pop("optimiser"), state.pop("optimiser_steps"))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"the checkpoint {checkpoint.folder} cannot be read: {_first_line(error)}"
@@ -111,14 +106,59 @@ def _first_line(error: Exception) -> str:
 
 def _optimiser_state(
     model: nn.Module, optimiser: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Split the optimiser's state, keyed by parameter name, into tensors and plain numbers."""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split the optimiser's state, keyed by parameter name, into tensors by path and the rest around them."""
+    known = {parameter: state for part in parts(optimiser) for parameter, state in part.state.items()}
     tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimiser.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value.contiguous()
-            else:
-                scalars.setdefault(name, {})[key] = value
-    return tensors, scalars
+    rest = {
+        name: _without_tensors(known[parameter], name, tensors)
+        for name, parameter in model.named_parameters()
+        if parameter in known
+    }
+    return tensors, rest
+
+
+def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a nested value with None in place of its tensors, which are put down by their paths."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.contiguous()
+        return None
+    if isinstance(value, dict):
+        return {key: _without_tensors(item, f"{path}/{key}", tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a nested value with its tensors again."""
+    if isinstance(value, dict):
+        return {key: _with_tensors(item, f"{path}/{key}", tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+    return tensors.get(path, value)
+
+
+def _restore(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    rest: dict[str, Any],
+    steps: list[int | None],
+) -> None:
+    """Put back what `_optimiser_state` split, and the steps that groups have counted."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for part in parts(optimiser):
+        ordered = [names[parameter] for group in part.param_groups for parameter in group["params"]]
+        state = {
+            i: _with_tensors(rest[name], name, tensors) for i, name in enumerate(ordered) if name in rest
+        }
+        part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+    optimiser.param_groups = _groups(optimiser)
+    for group, step in zip(optimiser.param_groups, steps, strict=True):
+        if step is not None:
+            group["step"] = step
+
+
+def _groups(optimiser: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [group for part in parts(optimiser) for group in part.param_groups]

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from gramian.errors import DivergedError, InputError, MissingExtraError
 from gramian.observe.probe import Probe
-from gramian.train import checkpoint
-from gramian.train.optimisers import adamw, check_adamw
+from gramian.train import checkpoint, optimisers
 from gramian.train.run import Run
 from gramian.train.schedule import multiplier
 
@@ -31,18 +30,22 @@ class Training:
     """Sequences an optimiser step sees, over all devices."""
     accumulation: int = 1
     """Micro-batches that a step's sequences are split into, to save memory."""
+    optimiser: str = "adamw"
+    """adamw, adafactor, soap, shampoo or muon; AdamW trains embeddings and vectors beside the last three."""
     learning_rate: float = 2e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    vector_learning_rate: float | None = None
+    """Peak learning rate of what AdamW trains beside soap, shampoo or muon; the same when not given."""
     schedule: str = "linear"
     """How the learning rate falls after the warm-up: linear, cosine or constant."""
     warmup: float = 0.05
     """Fraction of the steps over which the learning rate rises."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; gains, norms and biases have none."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """Decay rates of AdamW's two moments."""
+    betas: tuple[float, float] | None = None
+    """Decay rates of the two moments; each optimiser's own when not given, 0.9 and 0.99 for adamw."""
     eps: float = 1e-8
-    """The term that AdamW adds to the root of the second moment."""
+    """The term that AdamW and SOAP add to the root of the second moment."""
     clip: float = 1.0
     """Largest gradient norm; inf for no clipping."""
     precision: str = "fp32"
@@ -91,7 +94,14 @@ class Training:
         if self.seed < 0:
             raise InputError(f"seed cannot be negative, got {self.seed}")
         multiplier(0, self.steps, self.warmup, self.schedule)
-        check_adamw(self.learning_rate, self.weight_decay, self.betas, self.eps)
+        optimisers.check(self.optimiser, self.rates)
+
+    @property
+    def rates(self) -> optimisers.Settings:
+        """What the optimiser is told."""
+        return optimisers.Settings(
+            self.learning_rate, self.weight_decay, self.betas, self.eps, self.vector_learning_rate
+        )
 
 
 class Trainer:
@@ -134,7 +144,7 @@ class Trainer:
             log_with="tensorboard" if settings.tensorboard else None,
             project_dir=run.folder,
         )
-        optimiser = adamw(model, settings.learning_rate, settings.weight_decay, settings.betas, settings.eps)
+        optimiser = optimisers.build_optimiser(settings.optimiser, model, settings.rates)
         self._forward, self._optimiser = self._accelerator.prepare(model, optimiser)
         self._compiled: Any = torch.compile(self._forward) if settings.compile else self._forward
         self._record, self._rows = run.record, 0
@@ -231,11 +241,9 @@ class Trainer:
 
     def _take_step(self) -> None:
         settings, accelerator = self.settings, self._accelerator
-        rate = settings.learning_rate * multiplier(
-            self.step, settings.steps, settings.warmup, settings.schedule
-        )
+        share = multiplier(self.step, settings.steps, settings.warmup, settings.schedule)
         for group in self._optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = share * group["initial_lr"]
         observed = self.probe is not None and self.probe.due(self.step)
         forward = self._forward if observed else self._compiled
         batch = self._batches(self.step)[accelerator.process_index :: accelerator.num_processes]
