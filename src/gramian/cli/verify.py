@@ -11,7 +11,7 @@ from rich.table import Table
 
 from gramian.errors import GramianError, InputError
 
-SYSTEMS = ("simplified_block",)
+SYSTEMS = ("simplified_block", "outlier_features")
 
 
 class RefutedError(GramianError):
@@ -31,8 +31,9 @@ def verify(
     A run that was stopped goes on where it was.
 
     Args:
-        system: which one; simplified_block.
-        setting: quick takes minutes on two cores; decoder and encoder are the published settings.
+        system: which one; simplified_block or outlier_features.
+        setting: quick takes minutes on two cores; decoder and encoder (simplified_block), codeparrot and opt
+            (outlier_features) are the published settings.
         text: text to train on; the Python standard library when none is given.
         runs: folder of run folders.
         steps: optimiser steps; a few minutes' worth when not given.
@@ -56,7 +57,7 @@ def verify(
     console.print(table)
     findings = module.check(result)
     for finding in findings:
-        word, side = ("holds " if finding.holds else "FAILS "), ("≤" if finding.below else "≥")
+        word, side = ("holds" if finding.holds else "FAILS"), ("≤" if finding.below else "≥")
         error = f" ± {finding.error:.3f}" if finding.error else ""
         console.print(
             f"{word} {finding.what}: {finding.value:.3f}{error}, to be {side} {finding.bound:g}",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 from statistics import mean, stdev
 
 
@@ -33,8 +34,10 @@ def paired(values: Sequence[float], base: Sequence[float]) -> tuple[float, float
 
     Δ = mean_s (x_s − b_s),   error = sd_s(x_s − b_s) / √S
 
-    Shapes: S ≥ 2 values of the same seeds each.
+    Shapes: S ≥ 2 values of the same seeds each; NaN where one is not finite.
     Holds: exactly.
     """
     gaps = [value - other for value, other in zip(values, base, strict=True)]
+    if not all(map(isfinite, gaps)):
+        return nan, nan
     return mean(gaps), stdev(gaps) / len(gaps) ** 0.5

@@ -6,24 +6,20 @@ from typing import Any
 
 from rich.console import Console
 
-from gramian.compress.quantise import quantise
 from gramian.data.tokens import Corpus, unigram_entropy
 from gramian.errors import InputError
 from gramian.nn.blocks import block as registered_block
-from gramian.observe.probe import Readings, observe
+from gramian.tasks.examine import BlockResult, examine
 from gramian.tasks.language import (
     Job,
-    Validation,
     model_config,
     prepare,
     print_facts,
     run_folder,
     text_facts,
     training_batches,
-    validation,
 )
-from gramian.tasks.saved_model import publish, trained_model
-from gramian.train.loop import Trainer
+from gramian.tasks.saved_model import publish
 from gramian.train.run import Run, open_run
 from gramian.train.side_by_side import train_side_by_side
 
@@ -50,35 +46,6 @@ class CompareConfig(Job):
             registered_block(name)
         if self.calibration_batches < 1:
             raise InputError(f"calibration_batches must be at least 1, got {self.calibration_batches}")
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """What was found for one block."""
-
-    block: str
-    block_parameters: int
-    """Numbers learnt in the blocks, embeddings and head left out."""
-    parameters: int
-    """Numbers learnt in all."""
-    tokens_per_second: float
-    """Median training throughput."""
-    validation_loss: float
-    """Nats a token at the end."""
-    bits_per_byte: float
-    int8_loss: float
-    """Nats a token with the blocks' linear layers in int8 (W8A8)."""
-    max_neuron_kurtosis: float
-    """Largest over the layers, on validation text at the end."""
-    max_median_ratio: float
-    """Largest over the layers, on validation text at the end."""
-    readings: Readings
-    """All readings on validation text at the end, by site."""
-
-    @property
-    def int8_gap(self) -> float:
-        """Loss added by int8, in nats a token."""
-        return self.int8_loss - self.validation_loss
 
 
 @dataclass(frozen=True)
@@ -112,7 +79,6 @@ def compare(
     folder = run_folder(config.runs, config.name)
     with console.status("reading and tokenising the text"):
         corpus = config.data.load()
-    judge = validation(config, corpus)
     training_batches(config, corpus)  # like the next line: what does not fit fails before anything is written
     model_config(config, config.blocks[0], corpus)
     run = open_run(folder, config, resume=resume, overwrite=overwrite)
@@ -124,7 +90,7 @@ def compare(
     for name, trainer in trainers.items():
         trainer.close()
         with console.status(f"observing and quantising {name}"):
-            results.append(_examine(trainer, config, corpus, judge))
+            results.append(examine(trainer, config, corpus, config.calibration_batches))
         publish(trainer.run)
         trainer.run.write_result(asdict(results[-1]))
     minutes = sum(trainer.seconds for trainer in trainers.values()) / 60
@@ -143,30 +109,6 @@ def compare(
         }
     )
     return comparison
-
-
-def _examine(trainer: Trainer, config: CompareConfig, corpus: Corpus, judge: Validation) -> BlockResult:
-    """Read and quantise the trained model of one block."""
-    model = trained_model(trainer.run).to(trainer.device)
-    loss = judge(model)
-    inputs = (batch[:, 0].to(trainer.device) for batch in judge)
-    readings = observe(model, inputs, streams="blocks.*", attentions="**.mixing")
-    batches = training_batches(config, corpus)
-    calibration = (batches(step)[:, 0].to(trainer.device) for step in range(config.calibration_batches))
-    int8 = judge(quantise(model, calibration, skip=("head",)))
-    streams = [values for values in readings.values() if "neuron_kurtosis" in values]
-    return BlockResult(
-        block=model.config.block,
-        block_parameters=model.block_parameters(),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        tokens_per_second=trainer.tokens_per_second,
-        validation_loss=loss["validation_loss"],
-        bits_per_byte=loss["bits_per_byte"],
-        int8_loss=int8["validation_loss"],
-        max_neuron_kurtosis=max(values["neuron_kurtosis"] for values in streams),
-        max_median_ratio=max(values["max_median_ratio"] for values in streams),
-        readings=readings,
-    )
 
 
 def _facts(config: CompareConfig, corpus: Corpus, run: Run, minutes: float) -> dict[str, str]:

@@ -21,7 +21,8 @@ from gramian.report import (
     save,
     write,
 )
-from gramian.tasks.compare import BlockResult, Comparison
+from gramian.tasks.compare import Comparison
+from gramian.tasks.examine import BlockResult
 
 Points = tuple[Sequence[float], Sequence[float]]
 

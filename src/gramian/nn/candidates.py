@@ -1,0 +1,39 @@
+"""Blocks put together from published parts, to be tried against each other; none is published itself."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from gramian.nn.attention import Attention
+from gramian.nn.blocks import Block, Parts, sas_p, sas_p_no_norm
+from gramian.nn.norms import NORMS
+
+
+def _query_key_normed(block: nn.Module) -> nn.Module:
+    """Put an RMSNorm on every head's queries and keys."""
+    for module in block.modules():
+        if isinstance(module, Attention):
+            module.query_norm = NORMS["rmsnorm"](module.head_width)
+            module.key_norm = NORMS["rmsnorm"](module.head_width)
+    return block
+
+
+def sas_p_qk_norm(parts: Parts) -> nn.Module:
+    """SAS-P whose attention's entropy is held by RMSNorm on queries and keys."""
+    return _query_key_normed(sas_p(parts))
+
+
+def sas_p_no_norm_qk_norm(parts: Parts) -> nn.Module:
+    """SAS-P without norms but those on queries and keys."""
+    return _query_key_normed(sas_p_no_norm(parts))
+
+
+def sas_p_quiet_mlp(parts: Parts) -> nn.Module:
+    """SAS-P whose MLP starts with half the usual weight."""
+    return sas_p(replace(parts, mlp_gain=parts.mlp_gain / 2))
+
+
+CANDIDATES: dict[str, Block] = {
+    function.__name__: function for function in (sas_p_qk_norm, sas_p_no_norm_qk_norm, sas_p_quiet_mlp)
+}
+"""The blocks that the five-axes study tries beside the registered ones."""

@@ -1,0 +1,241 @@
+"""The search for one block that wins on five axes at once: loss, size, speed, outliers and int8."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from gramian.errors import InputError
+from gramian.files import write_json
+from gramian.nn.blocks import BLOCKS
+from gramian.nn.candidates import CANDIDATES
+from gramian.nn.transformer import Shape, TransformerConfig, build
+from gramian.tasks.language import Job, language_loss, print_facts, run_folder, text_facts
+from gramian.tasks.trials import Outcomes, Trial, run_trials
+from gramian.train.loop import Training
+from gramian.train.optimisers import build_optimiser
+from gramian.train.run import read_json
+
+BASE = "pre_norm"
+"""The block that all others are set against."""
+
+LEAST_SPEED, MOST_PARAMETERS, MOST_KURTOSIS, MOST_INT8 = 1.15, 0.85, 2.0, 0.005
+
+
+def _muon(block: str) -> Trial:
+    return Trial(f"{block}_muon", block, {"optimiser": "muon"})
+
+
+TRIALS: tuple[Trial, ...] = (
+    Trial(BASE, BASE),
+    Trial("outlier_protected", "outlier_protected"),
+    Trial("sas", "sas"),
+    Trial("sas_p", "sas_p"),
+    Trial("sas_p_no_norm", "sas_p_no_norm"),
+    *(Trial(name, name) for name in CANDIDATES),
+    Trial("sas_p_no_final_norm", "sas_p", shape={"final_norm": False}),
+    Trial("sas_p_single_scale", "sas_p", shape={"norm": "single_scale_rmsnorm"}),
+    Trial("sas_p_dynamic_tanh", "sas_p", shape={"norm": "dynamic_tanh"}),
+    _muon(BASE),
+    _muon("sas_p"),
+    _muon("sas_p_no_norm"),
+    Trial("sas_p_soap", "sas_p", {"optimiser": "soap"}),
+)
+"""What is tried: parts of the published blocks exchanged for one another, and other optimisers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What is searched, and how each trial is trained and timed."""
+
+    job: Job = field(
+        default_factory=lambda: Job(
+            shape=Shape(tied=False),
+            training=Training(
+                steps=800,
+                learning_rate=3e-3,
+                schedule="constant",
+                weight_decay=0.0,
+                evaluate_every=200,
+                checkpoint_every=400,
+                keep=1,
+            ),
+            evaluation_batches=16,
+        )
+    )
+    """Text, shape and training; by default a setting in which pre_norm grows outliers."""
+    trials: tuple[Trial, ...] = TRIALS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Repetitions of the finalists; every trial runs with the first."""
+    finalists: int = 5
+    """Trials that are repeated with all seeds, the base among them."""
+    speed_width: int = 768
+    """Width at which training speed is measured: at small widths it says little."""
+    speed_depth: int = 4
+    speed_rounds: int = 7
+    """Interleaved rounds of which the median counts; 0 measures no speed."""
+    name: str = "five_axes"
+    """Name of the run folder."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Where one trial stands against the base; means over its seeds."""
+
+    trial: str
+    seeds: int
+    loss: float
+    """Nats a token."""
+    loss_excess: float
+    """Loss above the base's with the same seeds, in nats a token."""
+    loss_error: float
+    """Its standard error; NaN for one seed."""
+    parameters: float
+    """Numbers learnt in the blocks, × the base."""
+    speed: float
+    """Training throughput, × the base."""
+    kurtosis: float
+    """Largest neuron kurtosis of any layer; the worst seed's."""
+    int8: float
+    """Loss added by int8, as a share of the loss; the worst seed's."""
+
+    def met(self) -> dict[str, bool]:
+        """Say which of the five axes are won; a number that is missing wins nothing."""
+        return {
+            "loss": self.loss_excess <= 0,
+            "parameters": self.parameters <= MOST_PARAMETERS,
+            "speed": self.speed >= LEAST_SPEED,
+            "kurtosis": self.kurtosis < MOST_KURTOSIS,
+            "int8": self.int8 < MOST_INT8,
+        }
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the search found; trials best first: by axes won, then by loss."""
+
+    folder: Path
+    axes: tuple[Axes, ...]
+    facts: dict[str, str]
+
+    @property
+    def winners(self) -> list[str]:
+        """The trials that win on all five axes with every seed."""
+        most = max(each.seeds for each in self.axes)
+        return [each.trial for each in self.axes if all(each.met().values()) and each.seeds == most]
+
+
+def five_axes(config: StudyConfig, *, console: Console | None = None) -> Study:
+    """Train, examine and time every trial; the best are repeated with more seeds; all is recorded.
+
+    A study that was stopped goes on where it was.
+
+    Raises: InputError for settings that cannot be used; StoppedError after a signal.
+    """
+    console = console or Console()
+    for name, block in CANDIDATES.items():
+        BLOCKS.setdefault(name, block)
+    if not config.trials or config.trials[0].name != BASE:
+        raise InputError(f"the first trial of a study must be {BASE}, which the others are set against")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise InputError(f"a study needs one seed or more, each once, got {list(config.seeds)}")
+    config.job.check()
+    folder = run_folder(config.job.runs, config.name)
+    with console.status("reading and tokenising the text"):
+        corpus = config.job.data.load()
+    facts = text_facts(corpus)
+    print_facts(console, facts)
+    first = run_trials(config.job, config.trials, config.seeds[:1], corpus, folder, console)
+    speeds = _speeds(config, corpus.vocabulary, folder / "speeds.json", console)
+    ranked = ranking(first, speeds)
+    best = {each.trial for each in ranked[: config.finalists]} | {BASE}
+    finalists = [trial for trial in config.trials if trial.name in best]
+    repeated = run_trials(config.job, finalists, config.seeds[1:], corpus, folder, console)
+    outcomes = {name: found + repeated.get(name, []) for name, found in first.items()}
+    axes = ranking(outcomes, speeds)
+    write_json(folder / "result.json", {"facts": facts, "axes": [asdict(each) for each in axes]})
+    return Study(folder, tuple(axes), facts)
+
+
+def ranking(outcomes: Outcomes, speeds: Mapping[str, float]) -> list[Axes]:
+    """Return where every trial stands, best first: by the number of axes won, then by loss."""
+    found = [_axes(name, outcomes, speeds.get(name, nan)) for name in outcomes]
+    return sorted(found, key=lambda each: (-sum(each.met().values()), _last(each.loss_excess)))
+
+
+def _last(value: float) -> float:
+    """Let what is not a number come last."""
+    return value if value == value else float("inf")
+
+
+def _axes(name: str, outcomes: Outcomes, speed: float) -> Axes:
+    pairs = list(zip(outcomes[name], outcomes[BASE], strict=False))
+    results = [one for one, _ in pairs if one is not None]
+    if len(results) < len(pairs) or any(base is None for _, base in pairs):
+        return Axes(name, len(pairs), nan, nan, nan, nan, speed, nan, nan)
+    gaps = [one.validation_loss - base.validation_loss for one, base in pairs if one and base]
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else nan
+    base = outcomes[BASE][0]
+    assert base is not None
+    return Axes(
+        trial=name,
+        seeds=len(pairs),
+        loss=statistics.mean(one.validation_loss for one in results),
+        loss_excess=statistics.mean(gaps),
+        loss_error=error,
+        parameters=results[0].block_parameters / base.block_parameters,
+        speed=speed,
+        kurtosis=max(one.max_neuron_kurtosis for one in results),
+        int8=max(one.int8_gap / one.validation_loss for one in results),
+    )
+
+
+def _speeds(config: StudyConfig, vocabulary: int, path: Path, console: Console) -> dict[str, float]:
+    """Return the training speed of every trial against the base's; measured once, then read."""
+    if config.speed_rounds < 1:
+        return {}
+    if path.exists():
+        return read_json(path)["ratios"]
+    steps = {trial.name: _step(trial, config, vocabulary) for trial in config.trials}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    shown = track(range(-1, config.speed_rounds), "timing", console=console, transient=True)
+    for round_ in shown:
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if round_ >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    ratios = {
+        name: statistics.median(b / a for a, b in zip(times, seconds[BASE], strict=True))
+        for name, times in seconds.items()
+    }
+    write_json(path, {"ratios": ratios, "seconds": seconds})
+    return ratios
+
+
+def _step(trial: Trial, config: StudyConfig, vocabulary: int) -> Callable[[], None]:
+    """Return one training step of a trial at the width of the speed measurement."""
+    job = trial.job(config.job, 0)
+    shape: dict[str, Any] = asdict(job.shape)
+    shape |= {"width": config.speed_width, "depth": config.speed_depth, "heads": config.speed_width // 64}
+    shape |= {"mlp_width": None, "key_heads": None}
+    model = build(TransformerConfig(vocabulary=vocabulary, block=trial.block, **shape), 0)
+    optimiser = build_optimiser(job.training.optimiser, model, job.training.rates)
+    random = torch.Generator().manual_seed(0)
+    batch = torch.randint(vocabulary, (4, 2, job.shape.context), generator=random)
+
+    def step() -> None:
+        language_loss(model, batch).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return step
