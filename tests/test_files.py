@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from gramian.files import atomic_file, atomic_folder, write_json, write_text
@@ -30,3 +32,16 @@ def test_a_folder_is_complete_or_absent(tmp_path) -> None:
         (temporary / "two").write_text("2")
     assert [each.name for each in (tmp_path / "step").iterdir()] == ["one"]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_written_may_be_read_by_those_the_user_lets_read(tmp_path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "note.txt", "x")
+        with atomic_folder(tmp_path / "step") as temporary:
+            (temporary / "one").write_text("1")
+        assert os.umask(0o027) == 0o027  # left as it was
+    finally:
+        os.umask(before)
+    assert (tmp_path / "note.txt").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "step").stat().st_mode & 0o777 == 0o750

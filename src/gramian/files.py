@@ -19,6 +19,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _umask() -> int:
+    """Return which permissions the user keeps from new files; temporary ones are made without any."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, renamed to it when the block ends without an error.
@@ -30,6 +37,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(descriptor)
     temporary = Path(name)
+    temporary.chmod(0o666 & ~_umask())
     try:
         yield temporary
         _sync(temporary)
@@ -48,6 +56,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    temporary.chmod(0o777 & ~_umask())
     try:
         yield temporary
         for file in temporary.iterdir():

@@ -262,3 +262,60 @@ def test_parity_with_the_authors_logging_code(path):
             }
             assert set(got) == set(expected)
             assert got == pytest.approx(expected, rel=1e-9, abs=0), (item, variant)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("path", cases("outlier_metrics"))
+def test_parity_leaves_no_array_of_the_reference_out(path):
+    """Streams are compared above, attentions in tests/observe/test_attention.py."""
+    case = load(path)
+    streams = {item["name"] for item in case.spec["config"]["items"]}
+    attentions = {name for name, values in case.spec["scalars"].items() if "attention_entropy" in values}
+    assert streams | attentions == set(case.arrays) == set(case.spec["arrays"]) == set(case.spec["scalars"])
+    assert all(set(case.spec["scalars"][name]) == {"attention_entropy"} for name in attentions)
+
+
+def laplace(*shape: int, seed: int = 0) -> Tensor:
+    uniform = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 0.5
+    return -uniform.sign() * torch.log1p(-2 * uniform.abs())
+
+
+@pytest.mark.parametrize("split", [1, 7])
+def test_equal_neurons_read_1_and_one_active_neuron_reads_d(split: int):
+    d = 12
+
+    def kurtosis(x: Tensor) -> float:
+        first, *others = [Moments.of(part) for part in x.tensor_split(split)]
+        return sum(others, first).neuron_kurtosis().item()
+
+    signs = rows(40, d).sign() * torch.linspace(1, 3, 40)[:, None]
+    assert kurtosis(signs) == pytest.approx(1, rel=1e-12)
+    assert kurtosis(rows(40, d)) > 1.01
+    alone = torch.zeros(40, d, dtype=torch.float64)
+    alone[:, 5] = rows(40)
+    assert kurtosis(alone) == pytest.approx(d, rel=1e-12)
+    alone[3, 4] = 9
+    assert kurtosis(alone) < 0.9 * d
+
+
+@pytest.mark.parametrize(("draw", "kurtosis"), [(rows, 3), (laplace, 6)])
+def test_each_convention_has_its_own_closed_form(draw, kurtosis: int):
+    """For independent entries of kurtosis κ: elementwise κ; neuron 1 + (κ−1)/n; token κ − 3 as d → ∞."""
+    n, d = 600, 2000
+    wide = Moments.of(draw(n, d))
+    assert wide.elementwise_kurtosis().item() == pytest.approx(kurtosis, rel=0.02)
+    assert wide.neuron_kurtosis().item() - 1 == pytest.approx((kurtosis - 1) / n, rel=0.05)
+    # The sample kurtosis of a Gaussian token spreads as √(24/d), of which the positive part is kept.
+    excess = math.sqrt(12 / (math.pi * d)) if kurtosis == 3 else kurtosis - 3
+    assert wide.token_excess_kurtosis().item() == pytest.approx(excess, rel=0.15)
+
+
+def test_a_planted_neuron_has_its_closed_form_in_each_convention():
+    """One neuron of variance c² among d: neuron K = d(d−1+c⁴)/(d−1+c²)², elementwise 3K."""
+    n, d, c = 20_000, 50, 12.0
+    x = rows(n, d)
+    x[:, 17] *= c
+    m, inequality = Moments.of(x), d * (d - 1 + c**4) / (d - 1 + c**2) ** 2
+    assert m.neuron_kurtosis().item() == pytest.approx(inequality, rel=0.02)
+    assert m.elementwise_kurtosis().item() == pytest.approx(3 * inequality, rel=0.03)
+    assert Moments.of(x[:, :17]).neuron_kurtosis().item() == pytest.approx(1, rel=0.01)

@@ -99,8 +99,8 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def by_hand(model: Model, batches: list[dict[str, Tensor]]) -> dict[str, dict[str, float]]:
-    with torch.no_grad(), Probe(model, "net.transformer.h.*").sample(0) as sample:
+def by_hand(model: Model, batches: list[dict[str, Tensor]], **options: Any) -> dict[str, dict[str, float]]:
+    with torch.no_grad(), Probe(model, "net.transformer.h.*", **options).sample(0) as sample:
         assert sample is not None
         for batch in batches:
             sample.mask = batch["attention_mask"]
@@ -125,6 +125,31 @@ def test_records_what_a_probe_reads_by_hand(tmp_path: Path):
     assert close(rows[0]["sites"], by_hand(model, model.batches[0:2]))
     assert close(rows[1]["sites"], by_hand(model, model.batches[4:6]))
     assert not close(rows[0]["sites"], by_hand(model, model.batches[0:1]))
+
+
+def test_attention_is_recorded_of_any_model(tmp_path: Path):
+    model, options = Model(), {"attentions": "calls", "sequences": 4, "skip_first_token": True}
+    training = trainer(
+        tmp_path, [ObserveCallback(every=2, **options)], accumulate_grad_batches=2, max_steps=1
+    )
+    training.fit(model, loader())
+    assert hooks(model) == 0
+    assert torch._C._len_torch_function_stack() == 0
+    (row,) = Record(tmp_path / "observations.jsonl").read()
+    assert close(row["sites"], by_hand(model, model.batches[:2], **options))
+    model.net.set_attn_implementation("eager")
+    rows = []
+    for batch in model.batches[:2]:
+        with torch.no_grad():
+            weights = model.net(**batch, output_attentions=True).attentions[1]
+        rows.append(weights.transpose(1, 2)[batch["attention_mask"] == 1].double())
+    a = torch.cat(rows)
+    entropy = -torch.where(a > 0, a * a.log(), 0).sum(-1).mean().item()
+    assert row["sites"]["net.transformer.h.1.attn"] == pytest.approx(
+        {"attention_entropy": entropy, "sink_rate": (a[..., 0].mean(0) > 0.3).double().mean().item()},
+        rel=1e-5,
+    )
+    assert row["peaks"].keys() == row["neurons"].keys() < row["sites"].keys()
 
 
 def test_manual_optimisation(tmp_path: Path):
@@ -172,7 +197,7 @@ def test_training_is_the_same_with_and_without(tmp_path: Path):
         trainer(tmp_path, callbacks).fit(model, loader())
         return [parameter.detach().clone() for parameter in model.parameters()]
 
-    plain, observed = weights([]), weights([ObserveCallback(every=1)])
+    plain, observed = weights([]), weights([ObserveCallback(every=1, attentions="calls")])
     assert all(torch.equal(a, b) for a, b in zip(plain, observed, strict=True))
     assert not torch.equal(next(Model().parameters()), plain[0])
 

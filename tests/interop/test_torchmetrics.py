@@ -79,6 +79,14 @@ def test_attention_over_batches_is_that_of_all_in_one(masked: bool):
     assert sink_rate(a) != sink_rate(a, 0.1)
 
 
+def test_the_sink_is_the_first_real_token_where_padding_stands_on_the_left():
+    a, left = torch.full((2, HEADS, 5, 5), 0.05), torch.arange(5) >= torch.tensor([[0], [2]])
+    a[0, ..., 0] = a[1, ..., 2] = 0.8
+    assert SinkRate(HEADS, threshold=0.7)(a, left) == 1
+    assert SinkRate(HEADS, threshold=0.7)(a) == 0  # control: column 0 of both
+    assert SinkRate(HEADS, threshold=0.7)(a, left.flip(1)) == 0
+
+
 @pytest.mark.parametrize(
     ("metric", "name"),
     [

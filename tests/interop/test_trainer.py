@@ -86,10 +86,10 @@ def hooks(model: nn.Module) -> int:
 
 
 def by_hand(
-    model: nn.Module, streams: str, batches: list[dict[str, Tensor]], masked: bool = True
+    model: nn.Module, streams: str, batches: list[dict[str, Tensor]], masked: bool = True, **options: Any
 ) -> dict[str, dict[str, float]]:
     model.eval()
-    with torch.no_grad(), Probe(model, streams).sample(0) as sample:
+    with torch.no_grad(), Probe(model, streams, **options).sample(0) as sample:
         assert sample is not None
         for batch in batches:
             sample.mask = batch["attention_mask"] if masked else None
@@ -139,13 +139,60 @@ def test_gradient_checkpointing_counts_once(tmp_path: Path, reentrant: bool):
     assert close(row["sites"], by_hand(model, "transformer.h.*", text.batches[:1]))
 
 
+def told(model: Any, batches: list[dict[str, Tensor]], layer: int) -> dict[str, float]:
+    """Entropy and sinks of a layer, from the matrices that the model itself returns."""
+    model.eval()
+    model.set_attn_implementation("eager")
+    rows = []
+    for batch in batches:
+        with torch.no_grad():
+            weights = model(**batch, output_attentions=True).attentions[layer]
+        rows.append(weights.transpose(1, 2)[batch["attention_mask"] == 1].double())
+    model.set_attn_implementation("sdpa")
+    a = torch.cat(rows)
+    entropy = -torch.where(a > 0, a * a.log(), 0).sum(-1).mean().item()
+    return {"attention_entropy": entropy, "sink_rate": (a[..., 0].mean(0) > 0.3).double().mean().item()}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("build", "streams", "sites"),
+    [
+        (gpt2, "transformer.h.*", "transformer.h.{}.attn"),
+        (bert, "bert.encoder.layer.*", "bert.encoder.layer.{}.attention.self"),
+        (llama, "model.layers.*", "model.layers.{}.self_attn"),
+    ],
+)
+def test_attention_is_recorded_of_any_model(
+    tmp_path: Path, build: Any, streams: str, sites: str, checkpointed: bool
+):
+    model, text = build(), Text()
+    with torch.no_grad():
+        for parameter in model.parameters():  # heads apart
+            parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    options = checkpointing(**{"": True, "_kwargs": {"use_reentrant": False}}) if checkpointed else {}
+    callback = ObserveCallback(every=2, attentions="calls", sequences=4, skip_first_token=True)
+    trainer(model, tmp_path, text, [callback], gradient_accumulation_steps=2, max_steps=1, **options).train()
+    assert hooks(model) == int(checkpointed)  # one of the Trainer's own
+    assert torch._C._len_torch_function_stack() == 0
+    (row,) = Record(tmp_path / "observations.jsonl").read()
+    want = by_hand(model, streams, text.batches[:2], attentions="calls", sequences=4, skip_first_token=True)
+    assert close(row["sites"], want)
+    for layer in range(2):
+        got = row["sites"][sites.format(layer)]
+        assert got == pytest.approx(told(model, text.batches[:2], layer), rel=1e-5)
+        assert got != pytest.approx(told(model, text.batches[:1], layer), rel=1e-3)
+    assert {"value", "sequence", "position", "neuron"} == row["peaks"][streams.replace("*", "0")].keys()
+    assert all(len(neurons) == 3 for neurons in row["neurons"].values())
+
+
 def test_training_is_the_same_with_and_without(tmp_path: Path):
     def weights(callbacks: list) -> list[Tensor]:
         model = gpt2()
         trainer(model, tmp_path, Text(), callbacks, learning_rate=1e-2).train()
         return [parameter.detach().clone() for parameter in model.parameters()]
 
-    plain, observed = weights([]), weights([ObserveCallback(every=1)])
+    plain, observed = weights([]), weights([ObserveCallback(every=1, attentions="calls")])
     assert all(torch.equal(a, b) for a, b in zip(plain, observed, strict=True))
     assert not torch.equal(next(gpt2().parameters()), plain[0])
 

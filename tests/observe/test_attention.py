@@ -86,6 +86,28 @@ def test_masked_queries_count_nowhere():
         attention_entropy(weights, mask.T)
 
 
+def test_the_first_token_is_the_first_that_the_mask_keeps_or_the_one_that_is_said():
+    weights, tokens = causal(3, 2, 8), torch.arange(8)
+    left = tokens >= torch.tensor([[0], [3], [7]])
+    for mask, first in ((left, [0, 3, 7]), (left.flip(1), [0, 0, 0]), (None, [0, 0, 0])):
+        got = AttentionMoments.of(weights, mask)
+        kept = torch.ones(3, 8) if mask is None else mask
+        want = sum(weights[b, :, i, first[b]] for b in range(3) for i in range(8) if kept[b, i])
+        torch.testing.assert_close(got.first, want, rtol=1e-12, atol=0)
+    assert not torch.allclose(AttentionMoments.of(weights).first, AttentionMoments.of(weights, left).first)
+    said = AttentionMoments.of(weights, left, torch.tensor([1, 1, 1])).first
+    torch.testing.assert_close(said, (weights[..., 1] * left[:, None]).sum((0, 2)), rtol=1e-12, atol=0)
+    crossing = AttentionMoments.of(weights[:, :, :5], left[:, :5])  # other tokens than the queries
+    torch.testing.assert_close(
+        crossing.first, (weights[:, :, :5, 0] * left[:, None, :5]).sum((0, 2)), rtol=1e-12, atol=0
+    )
+
+
+def test_other_numbers_of_heads_do_not_merge():
+    with pytest.raises(InputError, match="attentions of 3 and 1 heads"):
+        _ = AttentionMoments.of(causal(1, 3, 4)) + AttentionMoments.of(causal(1, 1, 4))
+
+
 def test_no_queries_read_nan():
     weights = causal(2, 3, 4)
     assert attention_entropy(weights, torch.zeros(2, 4)).isnan()

@@ -332,7 +332,7 @@ def test_attention_is_read_at_real_tokens_alone():
     q, k, v = (torch.randn(3, 2, 6, 4, generator=torch.Generator().manual_seed(s)) for s in range(3))
     real = torch.arange(6) < torch.tensor([[6], [4], [1]])
     model = nn.ModuleDict({"mixing": Paddable()})
-    probe = Probe(model, streams="mixing", attentions="mixing", sequences=2)
+    probe = Probe(model, streams=(), attentions="mixing", sequences=2)
     with probe.sample(0) as sample:
         model["mixing"](q, k, v, real)
     assert sample is not None

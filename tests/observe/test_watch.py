@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from gramian.errors import InputError
@@ -322,6 +323,57 @@ def test_layers_are_the_longest_lists_of_like_modules():
     for none in (nn.Sequential(Layer(), Layer()), nn.ModuleDict({"pairs": pairs}), nn.ModuleList([Layer()])):
         with pytest.raises(InputError, match=r"no ModuleList of modules of one class .* streams="):
             layers(none)
+
+
+def test_a_row_tells_neurons_and_peaks(model: Model, x: Tensor, record: Record):
+    x[3, 2, 4], x[0, 4, 1] = -50, 99  # the second at padding
+    watch = Watch(model, record)
+    for half in (slice(0, 2), slice(2, 4)):
+        watch.next_pass(0)
+        model(x[half], attention_mask=MASK[half])
+    watch.finish()
+    (row,) = record.read()
+    site = "inner.layers.0"
+    assert row["peaks"][site] == {"value": -50.0, "sequence": 3, "position": 2, "neuron": 4}
+    squares = x[MASK.bool()].square().mean(0)
+    (neuron, share), *others = row["neurons"][site]
+    assert (neuron, share) == (4, pytest.approx((squares[4] / squares.mean()).item()))
+    assert len(others) == 2
+    assert row["sites"].keys() == row["peaks"].keys() == row["neurons"].keys()
+
+
+class Attending(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.linear(x)[:, None]
+        return x + scaled_dot_product_attention(q, q, q)[:, 0]
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_calls_of_attention_are_read_once(
+    x: Tensor, record: Record, reentrant: bool | None, compiled: bool, monkeypatch: pytest.MonkeyPatch
+):
+    torch.compiler.reset()
+    monkeypatch.setitem(globals(), "Layer", Attending)
+    model, x = build(reentrant=reentrant), x.requires_grad_()
+    run = torch.compile(model, backend="eager") if compiled else model
+    watch = Watch(model, record, attentions="calls", sequences=2)
+    for each_pass in (True, False):
+        (watch.next_pass if each_pass else watch.attach)(0)
+        run(x, attention_mask=MASK).backward()
+        assert watch._sample is not None
+        assert [m.count for m in watch._sample.attentions.values()] == [8, 8, 8]
+        got = watch.finish()
+        assert got is not None
+        q = model.inner.layers[0].linear(x[:2]).detach()
+        weights = (q @ q.mT / WIDTH**0.5).softmax(-1)
+        rows = weights[MASK[:2].bool()]
+        assert got["inner.layers.0"]["attention_entropy"] == pytest.approx(
+            -(rows * rows.log()).sum(-1).mean().item(), rel=1e-10
+        )
+        assert hooks(model) == 0
+        assert torch._C._len_torch_function_stack() == 0
+    torch.compiler.reset()
 
 
 def test_the_summary_takes_the_worst_site():

@@ -6,12 +6,13 @@ import torch
 from rich.console import Console
 
 from browser import BROWSER, check_page
-from gramian.compress.quantise import quantise
+from gramian.compress.recipe import Recipe
+from gramian.compress.simulate import Simulation
 from gramian.errors import InputError, StoppedError
 from gramian.nn.transformer import Shape
 from gramian.tasks.compare import CompareConfig, compare
 from gramian.tasks.compare_page import report_page, terminal_table, write_report
-from gramian.tasks.language import Text, validation
+from gramian.tasks.language import Text, training_batches, validation
 from gramian.tasks.saved_model import trained_model
 from gramian.train.loop import Training
 from gramian.train.run import Run
@@ -60,6 +61,13 @@ def test_int8_loss_is_that_of_the_quantised_model(config, comparison) -> None:
     judge = validation(config, corpus)
     model = trained_model(run)
     assert judge(model)["validation_loss"] == pytest.approx(comparison.results[1].validation_loss, rel=1e-6)
+    batches = training_batches(config, corpus)
+    calibration = [batches(step)[:, 0] for step in range(config.calibration_batches)]
+    recipe = Recipe(exact=("head",))
+    with Simulation(model, recipe).calibrate(calibration):
+        int8 = judge(model)["validation_loss"]
+    assert int8 == pytest.approx(comparison.results[1].int8_loss, rel=1e-6)
+    assert int8 != judge(model)["validation_loss"]
     spoiled = trained_model(run)  # control: a channel a thousand times larger ruins per-tensor int8
     with torch.no_grad():
         for layer in spoiled.blocks:
@@ -67,7 +75,8 @@ def test_int8_loss_is_that_of_the_quantised_model(config, comparison) -> None:
                 if isinstance(module, torch.nn.Linear):
                     module.weight[0] *= 1000
     before = judge(spoiled)["validation_loss"]
-    after = judge(quantise(spoiled, [batch[:, 0] for batch in judge]))["validation_loss"]
+    with Simulation(spoiled, recipe).calibrate(calibration):
+        after = judge(spoiled)["validation_loss"]
     assert abs(after - before) > 20 * abs(comparison.results[1].int8_gap)
 
 

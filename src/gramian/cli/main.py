@@ -11,6 +11,8 @@ from gramian.cli.compare import compare
 from gramian.cli.evaluate import evaluate
 from gramian.cli.generate import generate
 from gramian.cli.list import list_names
+from gramian.cli.observe import observe
+from gramian.cli.quantise import quantise
 from gramian.cli.train import train
 from gramian.cli.verify import verify
 from gramian.errors import GramianError, StoppedError
@@ -20,6 +22,8 @@ COMMANDS = {
     "train": train,
     "generate": generate,
     "evaluate": evaluate,
+    "observe": observe,
+    "quantise": quantise,
     "verify": verify,
     "list": list_names,
 }

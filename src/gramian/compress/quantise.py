@@ -52,30 +52,45 @@ class Grid:
     """Equally spaced values s (q − z) for integers lowest ≤ q ≤ highest, so that zero is on the grid.
 
     q(x) = clamp(round(x/s) + z, lowest, highest);   x̂ = s (q(x) − z)
+    A scale is one number, or a tensor that broadcasts against x and gives its rows a grid each.
     Shapes: (…) -> (…), in the dtype of x.
     Holds: exactly: |x − x̂| ≤ s/2 inside the range, the nearest end outside, 0̂ = 0.
     Source: Bondarenko, Nagel, Blankevoort 2023, arXiv 2306.12929.
     """
 
-    scale: float
-    zero: int
+    scale: float | Tensor
+    zero: int | Tensor
     lowest: int
     highest: int
 
     @classmethod
-    def symmetric(cls, weight: Float[Tensor, "..."]) -> "Grid":
-        """Return the signed eight-bit grid of a weight: s = max|w| / 127, z = 0, −128 ≤ q ≤ 127."""
-        return cls(_positive(float(weight.detach().abs().max()) / 127), 0, -128, 127)
+    def symmetric(
+        cls, weight: Float[Tensor, "..."], bits: int = 8, rows: tuple[int, ...] | None = None
+    ) -> "Grid":
+        """Return the signed grid of a weight: s = max|w| / (2^(b−1) − 1), z = 0, −2^(b−1) ≤ q < 2^(b−1).
+
+        The maximum is over the dimensions `rows`, or over all: eight bits have s = max|w| / 127.
+        """
+        half = 2 ** (bits - 1)
+        return cls(scale_of(weight, half - 1, rows), 0, -half, half - 1)
 
     @classmethod
-    def asymmetric(cls, seen: Range) -> "Grid":
-        """Return the unsigned eight-bit grid of a range stretched to contain 0.
+    def asymmetric(cls, seen: Range, bits: int = 8) -> "Grid":
+        """Return the unsigned grid of a range stretched to contain 0, with 2^b − 1 = 255 steps of eight bits.
 
         s = (hi − lo) / 255,  z = round(−lo/s),  0 ≤ q ≤ 255
         """
-        low, high = min(seen.low, 0.0), max(seen.high, 0.0)
-        scale = _positive((high - low) / 255)
-        return cls(scale, round(-low / scale), 0, 255)
+        low, high, steps = min(seen.low, 0.0), max(seen.high, 0.0), 2**bits - 1
+        scale = _positive((high - low) / steps)
+        return cls(scale, round(-low / scale), 0, steps)
+
+    @classmethod
+    def per_token(cls, x: Float[Tensor, "..."], bits: int = 8) -> "Grid":
+        """Return the unsigned grid of every row of x (its last dimension), from that row's own range."""
+        wide, steps = _widened(x), 2**bits - 1
+        low, high = wide.amin(-1, keepdim=True).clamp(max=0), wide.amax(-1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / steps).clamp(min=_TINY)
+        return cls(scale, torch.round(-low / scale), 0, steps)
 
     def integers(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return q(x), whole numbers in single precision at least."""
@@ -86,9 +101,21 @@ class Grid:
         return ((self.integers(x) - self.zero) * self.scale).to(x.dtype)
 
 
+_TINY = torch.finfo(torch.float32).tiny
+
+
 def _positive(scale: float) -> float:
     """Return a scale by which single precision can divide: a tensor of zeros has none of its own."""
-    return max(scale, torch.finfo(torch.float32).tiny)
+    return max(scale, _TINY)
+
+
+def scale_of(
+    values: Float[Tensor, "..."], highest: float, rows: tuple[int, ...] | None = None
+) -> float | Tensor:
+    """Return max|x| / highest, over all entries or over the dimensions `rows`, which are kept with size 1."""
+    if rows is None:
+        return _positive(float(values.detach().abs().max()) / highest)
+    return (_widened(values).abs().amax(rows, keepdim=True) / highest).clamp(min=_TINY)
 
 
 def _called(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -143,7 +170,7 @@ def quantise(
     embedding stays exact in the embedding. Integers are simulated in floating point on any device.
 
     This quantises linear layers only. It is milder than the published recipe, which also quantises norms,
-    softmax and residual additions: report it as linear-only.
+    softmax and residual additions (`gramian.compress.simulate`): report it as linear-only.
 
     Shapes: the model's own.
     Raises: InputError when there is no linear layer or no batch, when a setting is out of range, and when a

@@ -25,9 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from gramian.errors import InputError
-from gramian.nn.attention import Attention
-from gramian.nn.init import Reparametrised
-from gramian.nn.transformer import Positions, Transformer, TransformerConfig
+from gramian.nn.transformer import Transformer, TransformerConfig
 from gramian.nn.view import Past
 
 
@@ -67,6 +65,7 @@ class GramianConfig(PreTrainedConfig):
     key_heads: int | None = None
     gated: bool = False
     mlp_gain: float = 0.1
+    embedding_projection: bool = False
     use_cache: bool = True
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
@@ -196,9 +195,10 @@ class GramianPreTrainedModel(PreTrainedModel):
         for module in new:
             parameters = list(module.parameters())
             loaded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters)
-            if isinstance(module, (Attention, Reparametrised, Positions)) and not loaded:
+            special = getattr(module, "initialise_", None)
+            if callable(special) and not loaded:
                 device = parameters[0].device if parameters else torch.device("cpu")
-                module.initialise_(torch.Generator(device).manual_seed(int(torch.randint(2**31, ()))))
+                special(torch.Generator(device).manual_seed(int(torch.randint(2**31, ()))))
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draw a linear map or an embedding; Hugging Face's guard spares what was loaded."""

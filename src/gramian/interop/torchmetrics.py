@@ -138,6 +138,8 @@ class _Attention(_Sums):
     def update(self, weights: Tensor, mask: Tensor | None = None) -> None:
         """Add softmax weights; `mask` keeps the queries where it is 1 or true.
 
+        The first token of a sequence is the first that the mask keeps, where queries and keys are as many.
+
         Shapes: weights (batch, heads, queries, keys), mask (batch, queries).
         Raises: InputError for weights of another shape, and for such a mask.
         """

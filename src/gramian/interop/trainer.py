@@ -33,7 +33,7 @@ class ObserveCallback(TrainerCallback):
         every: optimiser steps between two observations.
         streams: which modules to read, as `Probe` takes them; None finds the layers (`watch.layers`).
         mask: the model's argument that says which tokens count, or None for all.
-        options: more options of `Probe`.
+        options: more options of `Probe`, as `attentions="calls"` to read the attention of any model.
 
     Raises: InputError when training begins, as `Watch`, or on several GPUs in one process; at the first
         step that is read, when it calls none of the streams' modules.

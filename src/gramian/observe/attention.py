@@ -19,15 +19,22 @@ class AttentionMoments:
     entropy: Float[Tensor, " heads"]
     """Sum over queries of −Σ_j A_ij log A_ij."""
     first: Float[Tensor, " heads"]
-    """Sum over queries of the attention A_i0 to the first token."""
+    """Sum over queries of the attention A_if to the first token f."""
 
     @classmethod
     def of(
-        cls, weights: Float[Tensor, "batch heads queries keys"], mask: Tensor | None = None
+        cls,
+        weights: Float[Tensor, "batch heads queries keys"],
+        mask: Tensor | None = None,
+        first: Tensor | None = None,
     ) -> "AttentionMoments":
         """Take the sums of softmax weights; `mask` keeps the queries where it is 1 or true.
 
-        Shapes: weights (batch, heads, queries, keys), mask (batch, queries).
+        `first` is the key that is the first token of each sequence. Without it that is the first token that
+        the mask keeps, where there are as many queries as keys, and otherwise key 0: with padding on the left
+        the first token is not in column 0.
+
+        Shapes: weights (batch, heads, queries, keys), mask (batch, queries), first (batch).
         Raises: InputError for a mask of another shape.
         """
         batch, _, queries, _ = weights.shape
@@ -37,15 +44,21 @@ class AttentionMoments:
             raise InputError(f"a mask of shape {tuple(mask.shape)} does not fit {batch} x {queries} queries")
         wide = accumulator(weights.device)
         weights = weights.detach()
+        mask = mask.to(weights.device)
+        if first is None:
+            first = mask.bool().int().argmax(1) if queries == weights.shape[-1] else mask.new_zeros(batch)
+        column = first.to(weights.device, torch.int64)[:, None, None, None].expand(*weights.shape[:3], 1)
         entropy = torch.special.entr(weights.float() if weights.itemsize < 4 else weights).sum(-1, dtype=wide)
-        kept = mask.to(weights.device).bool()[:, None]
+        kept = mask.bool()[:, None]
         return cls(
             count=kept.sum().to(wide),
             entropy=torch.where(kept, entropy, 0).sum((0, 2)),
-            first=torch.where(kept, weights[..., 0].to(wide), 0).sum((0, 2)),
+            first=torch.where(kept, weights.gather(-1, column)[..., 0].to(wide), 0).sum((0, 2)),
         )
 
     def __add__(self, other: "AttentionMoments") -> "AttentionMoments":
+        if len(self.first) != len(other.first):
+            raise InputError(f"attentions of {len(self.first)} and {len(other.first)} heads cannot be merged")
         return AttentionMoments(
             self.count + other.count, self.entropy + other.entropy, self.first + other.first
         )
@@ -82,13 +95,14 @@ def attention_entropy(
 def sink_rate(
     weights: Float[Tensor, "batch heads queries keys"], threshold: float = 0.3, mask: Tensor | None = None
 ) -> Float[Tensor, ""]:
-    """Fraction of heads whose attention to token 0, averaged over batch and queries, exceeds a threshold.
+    """Fraction of heads whose attention to the first token f, averaged over all queries, exceeds a threshold.
 
-    mean_h [ mean_{b,i} A_i0 > threshold ]
+    mean_h [ mean_{b,i} A_if > threshold ]
 
-    Range [0, 1]. The average over sequences and queries is taken first, the threshold after. No query
-    is excluded: under a causal mask query 0 always looks at token 0, which adds 1/T. Uniform causal
-    attention gives mean_i 1/(i+1), about (log T + .58)/T: below .3 for T ≥ 9. NaN for NaN weights.
+    Range [0, 1]. f is 0, or the first token that the mask keeps (padding on the left). The average over
+    sequences and queries is taken first, the threshold after. No query is excluded: under a causal mask the
+    first token always looks at itself, which adds 1/T. Uniform causal attention gives mean_i 1/(i+1), about
+    (log T + .58)/T: below .3 for T ≥ 9. NaN for NaN weights.
 
     Shapes: weights (batch, heads, queries, keys), mask (batch, queries) -> ().
     Raises: InputError for a mask of another shape.

@@ -3,21 +3,30 @@
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gramian.errors import InputError
+from gramian.observe.neurons import outlier_neurons
 from gramian.observe.probe import Probe, Readings, Sample
 from gramian.observe.record import Record
+
+TOP = 3
+"""Neurons listed for each stream."""
 
 LEAST = ("participation_ratio", "attention_entropy")
 """The readings of which the smallest over the sites is the one to look at; of all others the largest is."""
 
 
 class Watch:
-    """Reads a model at every `every`-th step and appends {"kind": "observe", "step", "sites"} to a record.
+    """Reads a model at every `every`-th step and appends a row of kind "observe" to a record.
+
+    A row's "step" is the step, its "sites" are the readings, "neurons" each stream's neurons of largest
+    mean square with their share of the mean, and "peaks" its entry of largest magnitude and where that is
+    (`observe.peaks.Peak`).
 
     A training framework calls `attach` before a micro-batch and `detach` after it, or, where it tells nobody
     of exceptions, `next_pass` before it; and `finish` when the step's micro-batches, which add up, are
@@ -81,10 +90,9 @@ class Watch:
                     continue  # it is being called: `next_pass` asks it
                 handle = module.register_forward_pre_hook(self._take_mask, with_kwargs=True)
                 stack.callback(handle.remove)
-            sample = stack.enter_context(self.probe.sample(step))
-            assert sample is not None
-            if earlier is not None:
-                sample.streams, sample.attentions = earlier.streams, earlier.attentions
+            sample = Sample() if earlier is None else earlier
+            sample.mask = None
+            stack.enter_context(self.probe.reading_into(sample))
             self._sample, self._step, self._attached = sample, step, stack.pop_all()
 
     def detach(self) -> None:
@@ -137,7 +145,10 @@ class Watch:
                 "say with streams= which modules the training step calls"
             )
         readings = sample.readings()
-        self.record.append({"kind": "observe", "step": self._step, "sites": readings})
+        neurons = {site: outlier_neurons(moments, TOP) for site, moments in sample.streams.items()}
+        peaks = {site: asdict(peak) for site, peak in sample.peaks().items()}
+        rest = {"neurons": neurons, "peaks": peaks}
+        self.record.append({"kind": "observe", "step": self._step, "sites": readings, **rest})
         self._rows += 1
         return readings
 

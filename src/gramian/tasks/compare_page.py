@@ -125,8 +125,8 @@ def _results(comparison: Comparison, colours: Mapping[str, str]) -> Section:
             "Speed is the median over groups of training steps taken in turn with the other blocks.",
             "Kurtosis and max / median ratio are the largest over the layers, on validation text. Neuron "
             "kurtosis is 1 when all neurons carry equal mean squares, and the width when one carries all.",
-            "int8 quantises the inputs and weights of the blocks' linear layers (W8A8, static, per tensor; "
-            "the head stays exact). Recipes that also quantise norms, softmax and residual sums cost more.",
+            "int8 is the published static W8A8: weights and all activations (linear layers, norms, attention "
+            "scores and probabilities, residual sums), one scale a tensor, simulated; the head stays exact.",
             "One seed a block: differences in loss of a few hundredths of a nat can be noise.",
         ),
         colours=colours,
