@@ -1,12 +1,13 @@
 """Transformer blocks written out slowly: head by head, query by query, in explicit matrices."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gramian.nn.attention import ShapedMixing, SoftCapMixing
 from gramian.nn.init import Reparametrised
+from gramian.nn.mixing import ClippedSoftmaxMixing, ShapedMixing, SinkMixing, SoftCapMixing
 
 
 def norm(module: nn.Module, x: Tensor) -> Tensor:
@@ -30,6 +31,12 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     return x @ module.weight.T + (0 if module.bias is None else module.bias)
 
 
+def clipped(weight: Tensor, offset: float) -> Tensor:
+    """clip((1 − g) w + g, 0, 1) of one softmax weight."""
+    stretched = (1 - offset) * weight + offset
+    return 0 * weight if stretched < 0 else stretched
+
+
 def mixing_matrix(mixing: Any, head: int, q: Tensor, k: Tensor) -> Tensor:
     """Return what multiplies the values of one head: (tokens, tokens)."""
     tokens = len(q)
@@ -39,7 +46,13 @@ def mixing_matrix(mixing: Any, head: int, q: Tensor, k: Tensor) -> Tensor:
         logits = torch.stack([q[i] @ k[j] / q.shape[1] ** 0.5 for j in seen])
         if isinstance(mixing, SoftCapMixing):
             logits = mixing.cap * torch.tanh(logits / mixing.cap)
-        weights = logits.exp() / logits.exp().sum()
+        total = logits.exp().sum()
+        if isinstance(mixing, SinkMixing):
+            total = total + math.exp(mixing.sink) if isinstance(mixing.sink, float) else total
+            total = total + mixing.sink[head].exp() if isinstance(mixing.sink, Tensor) else total
+        weights = logits.exp() / total
+        if isinstance(mixing, ClippedSoftmaxMixing):
+            weights = torch.stack([clipped(weight, mixing.offset) for weight in weights])
         for j in seen:
             matrix[i, j] = weights[j]
     if isinstance(mixing, ShapedMixing):
@@ -64,7 +77,11 @@ def attention(module: Any, x: Tensor) -> Tensor:
         query = norm(module.query_norm, q[:, head * size : (head + 1) * size])
         key = norm(module.key_norm, k[:, key_head * size : (key_head + 1) * size])
         value = v[:, value_head * size : (value_head + 1) * size]
-        heads.append(mixing_matrix(module.mixing, head, query, key) @ value)
+        mixed = mixing_matrix(module.mixing, head, query, key) @ value
+        if module.gate is not None:  # one gate a head
+            logit = x @ module.gate.weight[head] + module.gate.bias[head]
+            mixed = mixed / (1 + torch.exp(-logit))[:, None]
+        heads.append(mixed)
     return linear(module.projection, torch.cat(heads, -1))
 
 
@@ -82,7 +99,12 @@ def block(name: str, module: Any, x: Tensor) -> Tensor:
         before, attend, feed = module
         middle = attention(attend, norm(before, x))
         return feed.skip * middle + feed.gain * mlp(feed.branch[1], norm(feed.branch[0], middle))
-    if name in ("pre_norm", "sas_reparametrised", "value_skipinit", "outlier_protected"):
+    if name == "peri_norm":
+        first, second = (residual.branch for residual in module)
+        middle = x + norm(first[2], attention(first[1], norm(first[0], x)))
+        return middle + norm(second[2], mlp(second[1], norm(second[0], middle)))
+    plain = name.startswith("pre_norm")  # with one part exchanged, perhaps
+    if plain or name in ("sas_reparametrised", "value_skipinit", "outlier_protected"):
         first, second = module
         before = norm(first.branch[0], x)
         middle = first.skip * x + first.gain * attention(first.branch[1], before)

@@ -4,7 +4,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gramian.errors import InputError
-from gramian.nn.attention import Attention, ShapedMixing, SoftCapMixing, SoftmaxMixing, uniform_mean
+from gramian.nn.attention import Attention, Gate, ShapedMixing, SoftCapMixing, SoftmaxMixing, uniform_mean
+from gramian.nn.init import initialise_
 from gramian.nn.view import View
 
 
@@ -173,6 +174,58 @@ def test_values_in_float32_meet_queries_in_bfloat16() -> None:
         torch.testing.assert_close(low.float(), mixing(q, k, v), rtol=0.05, atol=0.05)
 
 
+def gated(features: int, mixing: nn.Module, **more: nn.Module) -> Attention:
+    attention = Attention(12, 3, mixing, gate=Gate(12, features), **more).double()
+    generator = torch.Generator().manual_seed(4)
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    return attention
+
+
+@pytest.mark.parametrize("features", [3, 12], ids=["heads", "elements"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shaped", [True, False])
+def test_a_gate_multiplies_what_each_head_mixed(features, causal, shaped) -> None:
+    maps = {"value": nn.Identity(), "projection": nn.Identity()} if shaped else {}
+    attention = gated(features, ShapedMixing(3, causal) if shaped else SoftmaxMixing(causal), **maps)
+    x = normal(2, 9, 12).requires_grad_()
+    heads = [
+        part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in attention.query_key(x).split([12, 12], -1)
+    ]
+    value = attention.value(x).unflatten(-1, (3, 4)).transpose(1, 2)
+    mixed = attention.mixing(*heads, value)
+    gated_heads = []
+    for head in range(3):
+        logits = x @ attention.gate.weight.T + attention.gate.bias
+        chosen = logits[..., head : head + 1] if features == 3 else logits[..., 4 * head : 4 * head + 4]
+        gated_heads.append(mixed[:, head] / (1 + (-chosen).exp()))
+    expected = attention.projection(torch.cat(gated_heads, -1))
+    got = attention(x)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    cotangent, inputs = normal(2, 9, 12, seed=3), [x, *attention.parameters()]
+    ours = torch.autograd.grad((got * cotangent).sum(), inputs)
+    theirs = torch.autograd.grad((expected * cotangent).sum(), inputs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    gate, attention.gate = attention.gate, None  # control: without the gate it is something else
+    assert (attention(x) - got).abs().max() > 0.01
+    gate.weight.data.zero_()
+    gate.bias.data.fill_(40.0)  # fully open: no gate
+    open_gate = attention(x)
+    attention.gate = gate
+    torch.testing.assert_close(attention(x), open_gate, rtol=0, atol=1e-12)
+    gate.bias.data.fill_(-800.0)  # fully shut
+    assert (attention(x) == 0).all()
+
+
+@pytest.mark.parametrize("opening", [0.25, 0.5, 0.9])
+def test_a_gate_starts_at_its_opening(opening) -> None:
+    gate = initialise_(Gate(12, 3, opening).double(), 0, std=1e-3)
+    torch.testing.assert_close(gate.bias.sigmoid(), torch.full((3,), opening, dtype=torch.float64))
+    assert gate(normal(50, 12)).sigmoid().mean().item() == pytest.approx(opening, abs=0.01)
+    assert gate.weight.std() > 1e-4
+
+
 def test_bad_input_is_named() -> None:
     with pytest.raises(InputError, match="width 10 and heads 3"):
         Attention(10, 3, SoftmaxMixing())
@@ -181,3 +234,10 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(InputError, match="cap"):
         SoftCapMixing(0.0)
     assert isinstance(Attention(12, 3, SoftmaxMixing(), value=nn.Identity()).value, nn.Identity)
+    for opening in (0.0, 1.0, float("nan")):
+        with pytest.raises(InputError, match="opened by more than 0 and less than 1"):
+            Gate(12, 3, opening)
+    with pytest.raises(InputError, match="positive width and number of gates, got 12, 0"):
+        Gate(12, 0)
+    with pytest.raises(InputError, match="each of 3 heads or of 12 features, got 4"):
+        gated(4, SoftmaxMixing())(normal(1, 2, 12))

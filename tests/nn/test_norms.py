@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 
 from gramian.errors import InputError
-from gramian.nn.norms import NORMS, RMSNorm, norm
+from gramian.nn.norms import NORMS, Derf, DynamicTanh, RMSNorm, SingleScaleRMSNorm, norm
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -236,3 +238,95 @@ def test_names() -> None:
     assert list(module.state_dict()) == list(nn.RMSNorm(16).state_dict()) == ["weight"]
     with pytest.raises(InputError, match="unknown norm 'batch'; choose one of layernorm, rmsnorm, none"):
         norm("batch")
+
+
+def written_out(module: nn.Module, x: Tensor) -> Tensor:
+    """The other norms entry by entry."""
+    rows = []
+    for row in x.reshape(-1, x.shape[-1]):
+        root = (sum(entry**2 for entry in row) / len(row) + 1e-6) ** 0.5
+        for j, entry in enumerate(row):
+            if isinstance(module, DynamicTanh):
+                up, down = torch.exp(module.alpha * entry), torch.exp(-module.alpha * entry)
+                entry = module.weight[j] * (up - down) / (up + down) + module.bias[j]
+            elif isinstance(module, Derf):
+                # erf(u) = 2Φ(√2 u) − 1
+                argument = math.sqrt(2) * (module.alpha * entry + module.shift)
+                entry = module.weight[j] * (2 * torch.special.ndtr(argument) - 1) + module.bias[j]
+            elif isinstance(module, SingleScaleRMSNorm):
+                entry = module.weight * entry / root
+            else:
+                entry = entry / root
+            rows.append(entry)
+    return torch.stack(rows).view(x.shape)
+
+
+OTHERS = ("rmsnorm_no_weight", "single_scale_rmsnorm", "dynamic_tanh", "derf")
+every_other = pytest.mark.parametrize("name", OTHERS)
+
+
+def away_from_start(name: str, width: int) -> nn.Module:
+    module = NORMS[name](width).double()
+    for index, parameter in enumerate(module.parameters()):
+        parameter.data += 0.3 * draw(*parameter.shape, seed=20 + index)
+    return module
+
+
+@every_other
+def test_other_norms_equal_their_equations(name) -> None:
+    module, x = away_from_start(name, 6), draw(2, 3, 6).requires_grad_()
+    got, expected = module(x), written_out(module, x)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    inputs, cotangent = [x, *module.parameters()], draw(2, 3, 6, seed=5)
+    ours = torch.autograd.grad((got * cotangent).sum(), inputs)
+    theirs = torch.autograd.grad((expected * cotangent).sum(), inputs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    for wrong in OTHERS:  # control: no norm fits another's equation
+        if wrong != name:
+            assert (written_out(away_from_start(wrong, 6), x) - got).abs().max() > 1e-3
+
+
+@every_other
+@pytest.mark.filterwarnings("ignore:Please use .torch.vmap:FutureWarning")
+def test_gradients_of_other_norms_by_finite_differences(name) -> None:
+    module, x = away_from_start(name, 5), draw(2, 3, 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *_: module(x), (x, *module.parameters()))
+    assert torch.autograd.gradgradcheck(lambda x, *_: module(x), (x, *module.parameters()))
+
+
+@every_other
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_norms_keep_the_type(name, dtype) -> None:
+    exact = NORMS[name](16).double()
+    for module in (NORMS[name](16), NORMS[name](16).to(dtype)):
+        x = draw(50, 16, dtype=dtype)
+        y = module(x)
+        assert y.dtype == dtype
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(y.double(), exact(x.double()), rtol=4 * unit, atol=4 * unit)
+
+
+def test_one_scale_for_all_features_and_none() -> None:
+    x = draw(7, 16)
+    single, plain = NORMS["single_scale_rmsnorm"](16).double(), NORMS["rmsnorm"](16).double()
+    torch.testing.assert_close(single(x), plain(x), rtol=1e-12, atol=1e-12)
+    assert [p.numel() for p in single.parameters()] == [1]
+    assert not list(NORMS["rmsnorm_no_weight"](16).parameters())
+    single.weight.data.fill_(3.0)  # length γ, the same for all rows
+    lengths = torch.linalg.vector_norm(single(x), dim=-1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 3 * 4), rtol=1e-5, atol=0)
+    assert "_Scale" in repr(single(x).grad_fn)
+    torch.testing.assert_close(vmap(single)(x), single(x))  # torch's own operation
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        single(draw(7, 1))
+
+
+def test_bounded_maps_are_linear_near_zero_and_bounded_far_away() -> None:
+    x = 1e-4 * draw(7, 16)
+    for name, slope in (("dynamic_tanh", 0.5), ("derf", 1 / math.sqrt(math.pi))):
+        module = NORMS[name](16).double()
+        torch.testing.assert_close(module(x), slope * x, rtol=0, atol=1e-11)
+        assert module(1e6 * draw(7, 16)).abs().max() <= 1
+        assert (module(0.5 + 0 * x) - slope * 0.5).abs().min() > 1e-3  # control: not linear further out
+        assert (NORMS["rmsnorm"](16).double()(x) - slope * x).abs().max() > 0.1

@@ -105,7 +105,7 @@ def test_the_command_says_what_holds(story, tmp_path, monkeypatch, capsys) -> No
     arguments = ["verify", "simplified_block", "--text", str(story), "--runs", str(tmp_path), "--steps", "6"]
     code = command(arguments)
     said = capsys.readouterr()
-    assert "holds  parameters of sas at GPT-2 size" in said.out
+    assert "holds parameters of sas at GPT-2 size" in said.out
     assert code == (1 if "FAILS" in said.out else 0)
     assert ("the claim does not hold here" in said.err) == (code == 1)
     assert command(["verify", "perpetual_motion"]) == 1

@@ -1,92 +1,34 @@
 """Transformer blocks as short compositions of parts, registered by the names of the field."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from gramian.errors import InputError
-from gramian.nn.activations import ACTIVATIONS, Activation
-from gramian.nn.attention import Attention, ShapedMixing, SoftmaxMixing
+from gramian.nn.attention import Attention, Gate
 from gramian.nn.init import Reparametrised
-from gramian.nn.norms import NORMS, Norm, identity
+from gramian.nn.mixing import ShapedMixing, SinkMixing, SoftmaxMixing
+from gramian.nn.norms import NORMS, identity
+from gramian.nn.parts import MLP, Block, Parts, attention_of, mlp_of, pre_normed
 from gramian.nn.residual import Chain, Residual, Sum, down_weighted_gain, trainable
+from gramian.nn.variants import (
+    peri_norm,
+    pre_norm_clipped,
+    pre_norm_gated,
+    pre_norm_qk_norm,
+    pre_norm_sink,
+    pre_norm_softcap,
+    pre_norm_softmax1,
+)
 
-
-@dataclass(frozen=True)
-class Parts:
-    """What a block is told about its surroundings and composed of.
-
-    `layer` counts from 0 to `depth` − 1; `mlp_width` is the hidden width of the MLP; `key_heads` heads of
-    keys and values are shared by groups of query heads; `mlp_gain` is the β_FF of the simplified blocks at
-    18 layers.
-    """
-
-    width: int
-    heads: int
-    depth: int
-    layer: int
-    mlp_width: int
-    causal: bool = True
-    norm: Norm = NORMS["rmsnorm"]
-    activation: Activation = ACTIVATIONS["relu"]
-    gated: bool = False
-    key_heads: int | None = None
-    mlp_gain: float = 0.1
-
-
-Block = Callable[[Parts], nn.Module]
-
-
-class MLP(nn.Module):
-    """Two linear maps around an elementwise non-linearity, without biases.
-
-        MLP(x) = φ(x W_up) W_down
-
-    When gated, half of the hidden features gate the other half, MLP(x) = (φ(g) ⊙ u) W_down with
-    (g, u) = x W_up, and W_down is half as large.
-
-    Shapes: (…, width) -> (…, width).
-    Raises: InputError unless both widths are positive, and the hidden one even when gated.
-    Holds: exactly.
-    Source: Shazeer 2020, arXiv 2002.05202 (gated).
-    """
-
-    def __init__(self, width: int, hidden: int, activation: Activation, gated: bool = False) -> None:
-        super().__init__()
-        if width < 1 or hidden < 1:
-            raise InputError(f"an MLP needs positive widths, got {width} and {hidden}")
-        if gated and hidden % 2:
-            raise InputError(f"a gated MLP needs an even hidden width, got {hidden}")
-        self.gated = gated
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden // 2 if gated else hidden, width, bias=False)
-        self.activation = activation()
-
-    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        """Apply both maps."""
-        hidden = self.up(x)
-        if not self.gated:
-            return self.down(self.activation(hidden))
-        gate, value = hidden.chunk(2, -1)
-        return self.down(self.activation(gate) * value)
-
-
-def _mlp(parts: Parts) -> MLP:
-    return MLP(parts.width, parts.mlp_width, parts.activation, parts.gated)
-
-
-def _attention(parts: Parts, mixing: SoftmaxMixing, **maps: Any) -> Attention:
-    return Attention(parts.width, parts.heads, mixing, key_heads=parts.key_heads, **maps)
+__all__ = ["BLOCKS", "MLP", "Block", "Parts", "block", "gains"]
 
 
 def _simplified_attention(parts: Parts) -> Attention:
     """b_SA times shaped attention on the normed input itself; only the first layer keeps a value matrix."""
     value = Reparametrised(parts.width) if parts.layer == 0 else nn.Identity()
     mixing = ShapedMixing(parts.heads, parts.causal, gain=trainable(1.0))
-    return _attention(parts, mixing, value=value, projection=nn.Identity())
+    return attention_of(parts, mixing, value=value, projection=nn.Identity())
 
 
 def _mlp_gain(parts: Parts) -> nn.Parameter:
@@ -99,10 +41,7 @@ def pre_norm(parts: Parts) -> nn.Module:
 
     Source: Xiong et al. 2020, arXiv 2002.04745.
     """
-    return Chain(
-        Residual(Chain(parts.norm(parts.width), _attention(parts, SoftmaxMixing(parts.causal)))),
-        Residual(Chain(parts.norm(parts.width), _mlp(parts))),
-    )
+    return pre_normed(parts, attention_of(parts, SoftmaxMixing(parts.causal)))
 
 
 def post_norm(parts: Parts) -> nn.Module:
@@ -111,9 +50,9 @@ def post_norm(parts: Parts) -> nn.Module:
     Source: Vaswani et al. 2017, arXiv 1706.03762.
     """
     return Chain(
-        Residual(_attention(parts, SoftmaxMixing(parts.causal))),
+        Residual(attention_of(parts, SoftmaxMixing(parts.causal))),
         parts.norm(parts.width),
-        Residual(_mlp(parts)),
+        Residual(mlp_of(parts)),
         parts.norm(parts.width),
     )
 
@@ -123,7 +62,7 @@ def parallel(parts: Parts) -> nn.Module:
 
     Source: Wang & Komatsuzaki 2021 (GPT-J); He & Hofmann 2024, arXiv 2311.01906.
     """
-    branches = Sum(_attention(parts, SoftmaxMixing(parts.causal)), _mlp(parts))
+    branches = Sum(attention_of(parts, SoftmaxMixing(parts.causal)), mlp_of(parts))
     return Residual(Chain(parts.norm(parts.width), branches))
 
 
@@ -135,7 +74,7 @@ def value_skipinit(parts: Parts) -> nn.Module:
     Source: He et al. 2023, arXiv 2302.10322.
     """
     mixing = ShapedMixing(parts.heads, parts.causal, beta=0.0, centre=False)
-    return _skipless_attention(parts, _attention(parts, mixing))
+    return _skipless_attention(parts, attention_of(parts, mixing))
 
 
 def sas(parts: Parts) -> nn.Module:
@@ -154,7 +93,7 @@ def sas_reparametrised(parts: Parts) -> nn.Module:
     Source: He & Hofmann 2024, arXiv 2311.01906, section 4.2.
     """
     maps = {"value": Reparametrised(parts.width), "projection": Reparametrised(parts.width)}
-    return _skipless_attention(parts, _attention(parts, ShapedMixing(parts.heads, parts.causal), **maps))
+    return _skipless_attention(parts, attention_of(parts, ShapedMixing(parts.heads, parts.causal), **maps))
 
 
 def _skipless_attention(parts: Parts, attention: Attention) -> nn.Module:
@@ -165,7 +104,7 @@ def _skipless_attention(parts: Parts, attention: Attention) -> nn.Module:
 
 def _weighed_mlp(parts: Parts) -> nn.Module:
     """a_FF X + b_FF MLP(N X), both gains trainable."""
-    mlp = Chain(parts.norm(parts.width), _mlp(parts))
+    mlp = Chain(parts.norm(parts.width), mlp_of(parts))
     return Residual(mlp, skip=trainable(1.0), gain=_mlp_gain(parts))
 
 
@@ -178,7 +117,7 @@ def sas_p(parts: Parts) -> nn.Module:
     """
     branches = Sum(
         _simplified_attention(parts),
-        Residual(_mlp(parts), skip=0.0, gain=_mlp_gain(parts)),
+        Residual(mlp_of(parts), skip=0.0, gain=_mlp_gain(parts)),
     )
     return Chain(parts.norm(parts.width), branches)
 
@@ -202,11 +141,11 @@ def outlier_protected(parts: Parts) -> nn.Module:
     Source: He et al. 2024, arXiv 2405.19279, section 4.
     """
     gain = down_weighted_gain(parts.depth, 0.2)
-    attention = _attention(parts, SoftmaxMixing(parts.causal), query_key_norm=NORMS["rmsnorm"])
+    attention = attention_of(parts, SoftmaxMixing(parts.causal), query_key_norm=NORMS["rmsnorm"])
     first = NORMS["layernorm"](parts.width) if parts.layer == 0 else nn.Identity()
     return Chain(
         Residual(Chain(first, attention), gain=gain),
-        Residual(_mlp(parts), gain=gain),
+        Residual(mlp_of(parts), gain=gain),
     )
 
 
@@ -222,6 +161,13 @@ BLOCKS: dict[str, Block] = {
         sas_p,
         sas_p_no_norm,
         outlier_protected,
+        pre_norm_gated,
+        pre_norm_softmax1,
+        pre_norm_sink,
+        pre_norm_clipped,
+        pre_norm_softcap,
+        pre_norm_qk_norm,
+        peri_norm,
     )
 }
 
@@ -237,23 +183,27 @@ def block(name: str) -> Block:
 
 
 def gains(block: nn.Module) -> dict[str, float]:
-    """Return a block's trainable gains by name, averaged over heads.
+    """Return a block's trainable gains, sinks and gates by name, averaged over heads.
 
     "identity", "softmax" and "centring" are the α, β and γ of shaped attention, "attention gain", "mlp gain"
     and "mlp skip" those of the sub-blocks, "value identity" and "value update" those of a re-parametrised
-    value matrix.
+    value matrix. "sink" is the logit of a learned attention sink, "gate opening" σ of a gate's bias.
 
-    Holds: exactly; empty for a block without trainable gains.
+    Holds: exactly; empty for a block without any.
     """
-    found: dict[str, float | nn.Parameter | None] = {}
+    found: dict[str, float | Tensor | None] = {}
     for module in block.modules():
         if isinstance(module, ShapedMixing):
             found |= {"identity": module.alpha, "softmax": module.beta, "centring": module.gamma}
             found |= {"attention gain": module.gain}
+        elif isinstance(module, SinkMixing):
+            found |= {"sink": module.sink}
+        elif isinstance(module, Gate):
+            found |= {"gate opening": module.bias.sigmoid()}
         elif isinstance(module, Reparametrised):
             found |= {"value identity": module.alpha, "value update": module.beta}
         elif isinstance(module, Residual):
             attends = any(isinstance(part, Attention) for part in module.branch.modules())
             kind = "attention" if attends else "mlp"
             found |= {f"{kind} gain": module.gain, f"{kind} skip": module.skip}
-    return {name: value.mean().item() for name, value in found.items() if isinstance(value, nn.Parameter)}
+    return {name: value.mean().item() for name, value in found.items() if isinstance(value, Tensor)}

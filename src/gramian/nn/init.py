@@ -52,6 +52,24 @@ class Reparametrised(nn.Module):
         return self.alpha * start + self.beta * self.delta(x)
 
 
+class OrthogonalProjection(nn.Linear):
+    """A square linear map that starts as a random rotation or reflection, and is then as free as any other.
+
+        y = x Wᵀ,   W Wᵀ = I at the start
+
+    Shapes: (…, width) -> (…, width).
+    Holds: lengths and angles are kept, exactly, at the start.
+    Source: Park et al. 2025, arXiv 2506.19697 (after the embedding and before the unembedding).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, bias=False)
+
+    def initialise_(self, generator: torch.Generator) -> None:
+        """Draw an orthogonal matrix."""
+        nn.init.orthogonal_(self.weight, generator=generator)
+
+
 def fan_in_std(width: int) -> float:
     """Return the standard deviation that keeps the published start, 0.02 at width 768, at another width.
 

@@ -54,6 +54,11 @@ def _transformed() -> bool:
     )
 
 
+def _plain(x: Tensor) -> bool:
+    """Whether an input needs torch's own operations."""
+    return x.device.type != "cpu" or not x.is_floating_point() or _transformed()
+
+
 class RMSNorm(nn.RMSNorm):
     """Division by the root mean square: `torch.nn.RMSNorm` with a backward that is fast on a CPU.
 
@@ -66,9 +71,77 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Scale every row; the result has the type of x."""
         unusual = self.weight is None or self.eps is None or x.shape[-1:] != self.normalized_shape
-        if unusual or x.device.type != "cpu" or not x.is_floating_point() or _transformed():
+        if unusual or _plain(x):
             return super().forward(x)
         return _Scale.apply(x, self.weight, self.eps)[0]
+
+
+class SingleScaleRMSNorm(nn.Module):
+    """Division by the root mean square with one learned scale for all features.
+
+        y = w x / √(mean x² + ε),   w a number, 1 at the start
+
+    Shapes: (…, width) -> (…, width).
+    Holds: exactly; no feature can grow above the others by its scale.
+    Source: Park et al. 2025, arXiv 2506.19697 (there as γ x / ‖x‖, γ = w √width).
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale every row; the result has the type of x."""
+        if x.shape[-1:] != (self.width,) or _plain(x):
+            return nn.functional.rms_norm(x, (self.width,), eps=self.eps) * self.weight.to(x.dtype)
+        return _Scale.apply(x, self.weight.expand(self.width), self.eps)[0]
+
+
+class DynamicTanh(nn.Module):
+    """A bounded elementwise map in the place of a norm.
+
+        y = γ tanh(αx) + β,   α = ½, γ = 1, β = 0 at the start
+
+    α is one number; γ and β are one a feature.
+
+    Shapes: (…, width) -> (…, width).
+    Holds: exactly; y ≈ γαx + β for small x.
+    Source: Zhu et al. 2025, arXiv 2503.10622.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(0.5))
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Squash every entry; the result has the type of x."""
+        squashed = torch.tanh(self.alpha.to(x.dtype) * x)
+        return torch.addcmul(self.bias.to(x.dtype), self.weight.to(x.dtype), squashed)
+
+
+class Derf(nn.Module):
+    """A bounded elementwise map in the place of a norm, by the error function.
+
+        y = γ erf(αx + s) + β,   α = ½, s = 0, γ = 1, β = 0 at the start
+
+    α and s are one number each; γ and β are one a feature.
+
+    Shapes: (…, width) -> (…, width).
+    Holds: exactly; y ≈ 2γαx/√π + β for small x at s = 0.
+    Source: Chen et al. 2025, arXiv 2512.10938.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.alpha, self.shift = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.0))
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Squash every entry; the result has the type of x."""
+        squashed = torch.erf(torch.addcmul(self.shift.to(x.dtype), self.alpha.to(x.dtype), x))
+        return torch.addcmul(self.bias.to(x.dtype), self.weight.to(x.dtype), squashed)
 
 
 def identity(width: int) -> nn.Module:
@@ -84,8 +157,14 @@ NORMS: dict[str, Norm] = {
     "layernorm": partial(nn.LayerNorm, eps=1e-5),
     "rmsnorm": partial(RMSNorm, eps=1e-6),
     "none": identity,
+    "rmsnorm_no_weight": partial(RMSNorm, eps=1e-6, elementwise_affine=False),
+    "single_scale_rmsnorm": partial(SingleScaleRMSNorm, eps=1e-6),
+    "dynamic_tanh": DynamicTanh,
+    "derf": Derf,
 }
-"""layernorm: w (x − mean)/√(var + ε) + b, ε = 1e-5; rmsnorm: w x/√(mean x² + ε), ε = 1e-6 inside the root."""
+"""layernorm: w (x − mean)/√(var + ε) + b, ε = 1e-5; rmsnorm: w x/√(mean x² + ε), ε = 1e-6 inside the root,
+w one number a feature, one in all (single_scale_rmsnorm) or none (rmsnorm_no_weight); dynamic_tanh, derf:
+γ tanh(αx) + β and γ erf(αx + s) + β."""
 
 
 def norm(name: str) -> Norm:

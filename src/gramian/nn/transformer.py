@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from gramian.errors import InputError
 from gramian.nn.activations import activation
 from gramian.nn.blocks import Parts, block
-from gramian.nn.init import fan_in_std, initialise_
+from gramian.nn.init import OrthogonalProjection, fan_in_std, initialise_
 from gramian.nn.norms import norm
 from gramian.nn.residual import through
 from gramian.nn.view import Past, View, positions
@@ -35,7 +35,7 @@ class Shape:
     mlp_width: int | None = None
     """Hidden features of the MLPs; four times the width when not given."""
     norm: str = "rmsnorm"
-    """rmsnorm, layernorm or none."""
+    """rmsnorm, layernorm, none, or another of `gramian.nn.norms.NORMS`."""
     activation: str = "relu"
     """relu, gelu, gelu_tanh, silu or tanh."""
     positions: str = "learned"
@@ -52,6 +52,8 @@ class Shape:
     """Whether half of an MLP's hidden features gate the other half."""
     mlp_gain: float = 0.1
     """β_FF that the simplified blocks start with at 18 layers, carried to other depths by 1/√L."""
+    embedding_projection: bool = False
+    """Whether square maps that start orthogonal stand after the token embedding and before the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,7 @@ class TransformerConfig(Shape):
             gated=self.gated,
             key_heads=self.key_heads,
             mlp_gain=self.mlp_gain,
+            context=self.context,
         )
 
 
@@ -151,12 +154,14 @@ class Positions(nn.Module):
 class Transformer(nn.Module):
     """A language model: embeddings, blocks, a final norm and a head.
 
-        X_0 = E[tokens] + P,   X_l = block_l(X_{l−1}),   features = N(X_L),   logits = features W_headᵀ
+        X_0 = E[tokens] Q_inᵀ + P,   X_l = block_l(X_{l−1}),   features = N(X_L) Q_outᵀ
+        logits = features W_headᵀ
 
-    A decoder's logits are those of the next token, an encoder's those of the token itself. `mask` is 1 (or
-    true) at real tokens and 0 at padding, on either side; `documents` numbers packed documents, which do not
-    see each other, and positions restart in each. `past` is what each layer remembers of the tokens before
-    (`memory()`), for decoding; it grows by these tokens, and `mask` then covers those before too.
+    Q_in and Q_out are the identity, or the maps of `embedding_projection`. A decoder's logits are those of
+    the next token, an encoder's those of the token itself. `mask` is 1 (or true) at real tokens and 0 at
+    padding, on either side; `documents` numbers packed documents, which do not see each other, and positions
+    restart in each. `past` is what each layer remembers of the tokens before (`memory()`), for decoding; it
+    grows by these tokens, and `mask` then covers those before too.
 
     Shapes: tokens, mask, documents (batch, T) -> logits (batch, T, vocabulary); T ≤ context, or that of
     each document.
@@ -180,6 +185,8 @@ class Transformer(nn.Module):
         build = block(config.block)
         self.blocks = nn.ModuleList(build(config.parts(layer)) for layer in range(config.depth))
         self.norm = norm(config.norm)(config.width) if config.final_norm else nn.Identity()
+        project = OrthogonalProjection if config.embedding_projection else nn.Identity
+        self.embedding_projection, self.head_projection = project(config.width), project(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
@@ -211,14 +218,15 @@ class Transformer(nn.Module):
         longest = before + length if documents is None else int(places.max()) + 1
         if longest > self.config.context:
             raise InputError(f"a sequence of {longest} tokens exceeds the context of {self.config.context}")
-        x = (self.embedding(tokens) if embedded is None else embedded) + self.positions(places)
+        embedded = self.embedding(tokens) if embedded is None else embedded
+        x = self.embedding_projection(embedded) + self.positions(places)
         for layer, memory in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
             inner = view if memory is None else (view or View()).after(memory)
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(through, layer, x, inner)
             else:
                 x = through(layer, x, inner)
-        return self.norm(x)
+        return self.head_projection(self.norm(x))
 
     def _view(
         self, tokens: Tensor, mask: Tensor | None, documents: Tensor | None, before: int

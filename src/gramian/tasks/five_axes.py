@@ -48,8 +48,13 @@ TRIALS: tuple[Trial, ...] = (
     _muon("sas_p"),
     _muon("sas_p_no_norm"),
     Trial("sas_p_soap", "sas_p", {"optimiser": "soap"}),
+    *(
+        Trial(name, name)
+        for name in ("pre_norm_gated", "pre_norm_softmax1", "pre_norm_sink", "pre_norm_qk_norm", "peri_norm")
+    ),
 )
-"""What is tried: parts of the published blocks exchanged for one another, and other optimisers."""
+"""What is tried: parts of the published blocks exchanged for one another, other optimisers, and the remedies
+of peers, which keep all parameters and so cannot win, for comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
