@@ -101,7 +101,7 @@ def config_of(folder: Path, text: Path, **more) -> QuantiseConfig:
 
 @pytest.fixture(scope="module")
 def found(folders, text) -> Quantisation:
-    return quantise(config_of(folders["llama"], text), console=QUIET)
+    return quantise(config_of(folders["llama"], text, schemes=tuple(SCHEMES)), console=QUIET)
 
 
 @pytest.fixture(scope="module")

@@ -295,7 +295,7 @@ def dumbbells(
         figure = canvas(height := 34 + 30 * len(series) + 44)
         left, right = _label_width(series) - 4, WIDTH - max(map(measure, gaps))
         axes = place_axes(figure, left, 44, right - 12 - left, height - 44 - 34)
-        scale_x(axes, limits(chain(*pairs.values()), margin=0.08))
+        scale_x(axes, limits(chain(*pairs.values()), margin=0.08), ticks=3)
         axes.set_ylim(len(series) - 0.5, -0.5)
         axes.set_yticks([])
         axes.grid(True, axis="x")

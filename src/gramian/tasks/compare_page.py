@@ -232,7 +232,7 @@ def _gains(comparison: Comparison, colours: Mapping[str, str]) -> tuple[Section,
     caption = (
         "Trainable gains, averaged over layers and heads. Identity, softmax and centring weigh the three "
         "terms of shaped attention, which starts as the identity; centring takes away what uniform attention "
-        "would add."
+        "would add. Sink is the logit of a sink beside the keys, gate opening the mean σ of its bias."
     )
     alt = "Trainable gains against the training step, one panel a block."
     return (Section("Gains", "", (Plot(figure, caption, alt, "Gains"),)),)

@@ -133,7 +133,8 @@ def _observed(config: ObserveConfig, console: Console) -> Observation:
             "batch or context"
         ) from error
     places = _tokens_at(opened, config.data.batches(opened, taken.documents), seen.peaks.values())
-    about = f"{len(taken.documents):,} documents, {sequences:,} sequences, {tokens:,} tokens"
+    word = "document" if len(taken.documents) == 1 else "documents"
+    about = f"{len(taken.documents):,} {word}, {sequences:,} sequences, {tokens:,} tokens"
     return Observation(
         model=config.model,
         folder=config.folder,
