@@ -15,6 +15,7 @@ from gramian.cli.observe import observe
 from gramian.cli.quantise import quantise
 from gramian.cli.train import train
 from gramian.cli.verify import verify
+from gramian.compress.torch_ao import quieten
 from gramian.errors import GramianError, StoppedError
 
 COMMANDS = {
@@ -44,6 +45,7 @@ def run(arguments: list[str]) -> int:
         print(f"gramian {__version__}")
         return 0
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    quieten()  # transformers imports torchao, which logs the kernels that it goes without
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

@@ -37,7 +37,15 @@ def paired(values: Sequence[float], base: Sequence[float]) -> tuple[float, float
     Shapes: S ≥ 2 values of the same seeds each; NaN where one is not finite.
     Holds: exactly.
     """
-    gaps = [value - other for value, other in zip(values, base, strict=True)]
-    if not all(map(isfinite, gaps)):
+    return averaged([value - other for value, other in zip(values, base, strict=True)])
+
+
+def averaged(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean over seeds and its standard error, sd / √S; NaN where a value is not finite.
+
+    Shapes: S ≥ 2 values.
+    Holds: exactly.
+    """
+    if not all(map(isfinite, values)):
         return nan, nan
-    return mean(gaps), stdev(gaps) / len(gaps) ** 0.5
+    return mean(values), stdev(values) / len(values) ** 0.5

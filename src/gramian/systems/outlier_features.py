@@ -14,7 +14,7 @@ from gramian.nn.attention import Attention
 from gramian.nn.blocks import BLOCKS, Parts, outlier_protected
 from gramian.nn.residual import Residual
 from gramian.nn.transformer import Shape
-from gramian.systems.claims import Finding, paired
+from gramian.systems.claims import Finding, averaged, paired
 from gramian.tasks.language import Job, Text, run_folder
 from gramian.tasks.trials import Outcomes, Trial, run_trials
 from gramian.train.loop import Training
@@ -26,6 +26,9 @@ preconditioner spares the pre-norm block most of them, and int8 then costs less 
 BASE, PROTECTED, SPOILED = "pre_norm", "outlier_protected", "unprotected"
 PRECONDITIONED = ("pre_norm_soap", "pre_norm_muon")
 SMALLER_RATE, LARGER_EPS = "pre_norm_third_rate", "pre_norm_eps_1e-4"
+
+NOTICEABLE = 0.005
+"""Share of its loss that int8 must cost the base before there is something to be spared."""
 
 
 def unprotected(parts: Parts) -> nn.Module:
@@ -173,35 +176,33 @@ def run(config: Config, console: Console | None = None) -> Result:
 
 
 def check(result: Result) -> list[Finding]:
-    """Return what the claim stands or falls with; the unprotected block must have its outliers back."""
+    """Return what the claim stands or falls with; the unprotected block must have its outliers back.
+
+    What int8 costs is compared only where it costs the base `NOTICEABLE` of its loss: below, as in models of
+    a few million parameters, nothing is there to be spared.
+    """
     kurtosis = {name: result.values(name, "max_neuron_kurtosis") for name in result.outcomes}
     loss = {name: result.values(name, "validation_loss") for name in (BASE, PROTECTED)}
     gap = {name: result.values(name, "int8_gap") for name in (BASE, PROTECTED)}
-    zeros = [0.0] * len(kurtosis[BASE])
     excess = [p / b - 1 for p, b in zip(loss[PROTECTED], loss[BASE], strict=True)]
-    spared = [b - 5 * p for b, p in zip(gap[BASE], gap[PROTECTED], strict=True)]
     findings = [
-        Finding(f"final max kurtosis of {BASE}", *paired(kurtosis[BASE], zeros), 10, below=False),
-        Finding(f"final max kurtosis of {PROTECTED}", *paired(kurtosis[PROTECTED], zeros), 3, below=True),
-        Finding(f"loss of {PROTECTED} above {BASE} (share)", *paired(excess, zeros), 0.01, below=True),
-        Finding(
-            f"int8 gap of {BASE} less 5 x that of {PROTECTED} (nats)", *paired(spared, zeros), 0, below=False
-        ),
+        Finding(f"final max kurtosis of {BASE}", *averaged(kurtosis[BASE]), 10, below=False),
+        Finding(f"final max kurtosis of {PROTECTED}", *averaged(kurtosis[PROTECTED]), 3, below=True),
+        Finding(f"loss of {PROTECTED} above {BASE} (share)", *averaged(excess), 0.01, below=True),
     ]
+    if sum(gap[BASE]) >= NOTICEABLE * sum(loss[BASE]):
+        what = f"int8 gap of {BASE} less 5 x that of {PROTECTED} (nats)"
+        findings.append(Finding(what, *paired(gap[BASE], [5 * p for p in gap[PROTECTED]]), 0, below=False))
     found = [name for name in PRECONDITIONED if name in kurtosis]
     if found:
-        best = min(found, key=lambda name: paired(kurtosis[name], zeros)[0])
-        less = [b - 3 * p for b, p in zip(kurtosis[BASE], kurtosis[best], strict=True)]
-        findings.append(
-            Finding(f"kurtosis of {BASE} less 3 x that of {best}", *paired(less, zeros), 0, below=False)
-        )
-    findings += [
-        Finding(
-            f"kurtosis of {BASE} less that of {name}", *paired(kurtosis[BASE], kurtosis[name]), 0, below=False
-        )
-        for name in (SMALLER_RATE, LARGER_EPS)
-        if name in kurtosis
-    ]
+        best = min(found, key=lambda name: averaged(kurtosis[name])[0])
+        three = [3 * value for value in kurtosis[best]]
+        what = f"kurtosis of {BASE} less 3 x that of {best}"
+        findings.append(Finding(what, *paired(kurtosis[BASE], three), 0, below=False))
+    for name in (SMALLER_RATE, LARGER_EPS):
+        if name in kurtosis:
+            what = f"kurtosis of {BASE} less that of {name}"
+            findings.append(Finding(what, *paired(kurtosis[BASE], kurtosis[name]), 0, below=False))
     if SPOILED in kurtosis:
         what = f"kurtosis of {SPOILED} above {PROTECTED} (it must have outliers; inf where it diverges)"
         broken = None in result.outcomes[SPOILED]
@@ -222,10 +223,10 @@ READINGS = {
 def table(result: Result) -> list[Mapping[str, Any]]:
     """Return one row a trial: mean and standard error over the seeds."""
     rows = []
-    for name, by_seed in result.outcomes.items():
+    for name in result.outcomes:
         row: dict[str, Any] = {"trial": name}
         for heading, reading in READINGS.items():
-            mean, error = paired(result.values(name, reading), [0.0] * len(by_seed))
+            mean, error = averaged(result.values(name, reading))
             row[heading] = f"{mean:.4g} ± {error:.2g}"
         rows.append(row)
     return rows
