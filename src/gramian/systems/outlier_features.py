@@ -185,9 +185,11 @@ def check(result: Result) -> list[Finding]:
     loss = {name: result.values(name, "validation_loss") for name in (BASE, PROTECTED)}
     gap = {name: result.values(name, "int8_gap") for name in (BASE, PROTECTED)}
     excess = [p / b - 1 for p, b in zip(loss[PROTECTED], loss[BASE], strict=True)]
+    least = nan if None in result.outcomes[BASE] else min(kurtosis[BASE])
+    largest = nan if None in result.outcomes[PROTECTED] else max(kurtosis[PROTECTED])
     findings = [
-        Finding(f"final max kurtosis of {BASE}", *averaged(kurtosis[BASE]), 10, below=False),
-        Finding(f"final max kurtosis of {PROTECTED}", *averaged(kurtosis[PROTECTED]), 3, below=True),
+        Finding(f"final max kurtosis of {BASE}, the least of any seed", least, 0.0, 10, below=False),
+        Finding(f"final max kurtosis of {PROTECTED}, the largest of any seed", largest, 0.0, 3, below=True),
         Finding(f"loss of {PROTECTED} above {BASE} (share)", *averaged(excess), 0.01, below=True),
     ]
     if sum(gap[BASE]) >= NOTICEABLE * sum(loss[BASE]):
