@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from gramian.errors import GramianError, InputError
 
@@ -51,7 +51,7 @@ def verify(
     console.print(" ".join(module.CLAIM.split()), highlight=False)
     result = module.run(config, console=console)
     rows = module.table(result)
-    table = Table(*rows[0])
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]))
     for row in rows:
         table.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in row.values()))
     console.print(table)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import inf, nan
+from math import inf, isnan, nan
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +16,7 @@ from gramian.nn.residual import Residual
 from gramian.nn.transformer import Shape
 from gramian.systems.claims import Finding, averaged, paired
 from gramian.tasks.language import Job, Text, run_folder
-from gramian.tasks.trials import Outcomes, Trial, run_trials
+from gramian.tasks.trials import Outcomes, Trial, provoking, run_trials
 from gramian.train.loop import Training
 
 CLAIM = """The Outlier Protected block trains without outlier neurons at no loss, a non-diagonal
@@ -57,20 +57,7 @@ class Config:
 
 
 def quick() -> Config:
-    """Return settings that provoke outliers in a small pre-norm model within minutes.
-
-    The learning rate is high and stays so, nothing is decayed, and the head has a matrix of its own.
-    """
-    training = Training(
-        steps=800,
-        learning_rate=3e-3,
-        schedule="constant",
-        weight_decay=0.0,
-        evaluate_every=200,
-        observe_every=50,
-        checkpoint_every=400,
-        keep=1,
-    )
+    """Return settings that provoke outliers in a small pre-norm model within minutes."""
     trials = (
         Trial(BASE, BASE),
         Trial(PROTECTED, PROTECTED),
@@ -81,7 +68,7 @@ def quick() -> Config:
         Trial(LARGER_EPS, BASE, {"eps": 1e-4}),
         Trial(SPOILED, SPOILED),
     )
-    return Config(job=Job(shape=Shape(tied=False), training=training, evaluation_batches=16), trials=trials)
+    return Config(job=provoking(), trials=trials)
 
 
 def paper(which: str = "codeparrot") -> Config:
@@ -229,6 +216,6 @@ def table(result: Result) -> list[Mapping[str, Any]]:
         row: dict[str, Any] = {"trial": name}
         for heading, reading in READINGS.items():
             mean, error = averaged(result.values(name, reading))
-            row[heading] = f"{mean:.4g} ± {error:.2g}"
+            row[heading] = "diverged" if isnan(mean) else f"{mean:.4g} ± {error:.2g}"
         rows.append(row)
     return rows

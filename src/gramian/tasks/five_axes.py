@@ -17,10 +17,9 @@ from gramian.errors import InputError
 from gramian.files import write_json
 from gramian.nn.blocks import BLOCKS
 from gramian.nn.candidates import CANDIDATES
-from gramian.nn.transformer import Shape, TransformerConfig, build
+from gramian.nn.transformer import TransformerConfig, build
 from gramian.tasks.language import Job, language_loss, print_facts, run_folder, text_facts
-from gramian.tasks.trials import Outcomes, Trial, run_trials
-from gramian.train.loop import Training
+from gramian.tasks.trials import Outcomes, Trial, provoking, run_trials
 from gramian.train.optimisers import build_optimiser
 from gramian.train.run import read_json
 
@@ -61,21 +60,7 @@ of peers, which keep all parameters and so cannot win, for comparison."""
 class StudyConfig:
     """What is searched, and how each trial is trained and timed."""
 
-    job: Job = field(
-        default_factory=lambda: Job(
-            shape=Shape(tied=False),
-            training=Training(
-                steps=800,
-                learning_rate=3e-3,
-                schedule="constant",
-                weight_decay=0.0,
-                evaluate_every=200,
-                checkpoint_every=400,
-                keep=1,
-            ),
-            evaluation_batches=16,
-        )
-    )
+    job: Job = field(default_factory=provoking)
     """Text, shape and training; by default a setting in which pre_norm grows outliers."""
     trials: tuple[Trial, ...] = TRIALS
     seeds: tuple[int, ...] = (0, 1, 2)

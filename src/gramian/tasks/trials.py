@@ -9,9 +9,11 @@ from rich.console import Console
 
 from gramian.data.tokens import Corpus
 from gramian.errors import DivergedError, InputError
+from gramian.nn.transformer import Shape
 from gramian.tasks.examine import BlockResult, examine
 from gramian.tasks.language import Job, prepare
 from gramian.tasks.saved_model import publish
+from gramian.train.loop import Training
 from gramian.train.run import Run
 from gramian.train.side_by_side import train_side_by_side
 
@@ -32,6 +34,25 @@ class Trial:
             shape=replace(job.shape, **self.shape),
             training=replace(job.training, **{**self.training, "seed": seed}),
         )
+
+
+def provoking() -> Job:
+    """Return a job of minutes in which a small pre-norm model grows outlier neurons.
+
+    The learning rate is high and stays so after a short warm-up, nothing is decayed, and the head has a
+    matrix of its own.
+    """
+    training = Training(
+        steps=800,
+        learning_rate=3e-3,
+        schedule="constant",
+        weight_decay=0.0,
+        evaluate_every=200,
+        observe_every=50,
+        checkpoint_every=400,
+        keep=1,
+    )
+    return Job(shape=Shape(tied=False), training=training, evaluation_batches=16)
 
 
 Outcomes = dict[str, list[BlockResult | None]]
