@@ -9,6 +9,8 @@ from gramian.nn.transformer import TransformerConfig, build
 from gramian.train.checkpoint import MODEL, OPTIMISER, STATE, checkpoints, load, save
 from gramian.train.optimisers import OPTIMISERS, Settings, adamw, build_optimiser
 
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 brought Muon")
+EVERY = [pytest.param(name, marks=[needs_muon] if name == "muon" else []) for name in OPTIMISERS]
 SHAPE = TransformerConfig(vocabulary=20, context=8, width=12, depth=2, heads=2, block="sas")
 
 
@@ -37,7 +39,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path) -> None:
             assert torch.equal(value, fresh.state[two][key])
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_going_on_from_a_checkpoint_is_going_on(tmp_path, name: str) -> None:
     """Twelve steps at once, and five, a checkpoint, a fresh model and optimiser, and seven: the same bits."""
 
