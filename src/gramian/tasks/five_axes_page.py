@@ -1,6 +1,7 @@
 """What the five-axes study tells its reader: a table on the terminal, a page, the Pareto figure."""
 
 from collections.abc import Mapping
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,17 @@ def _cells(each: Axes) -> dict[str, str]:
         "kurtosis": f"{each.kurtosis:.2f}",
         "int8": f"{100 * each.int8:+.2f}",
     }
-    met = each.met()
-    return {axis: f"{text} {'✓' if met[axis] else '·'}" for axis, text in texts.items()}
+    met, numbers = each.met(), (each.loss_excess, each.parameters, each.speed, each.kurtosis, each.int8)
+    return {
+        axis: "–" if isnan(value) else f"{text} {'✓' if met[axis] else '·'}"
+        for (axis, text), value in zip(texts.items(), numbers, strict=True)
+    }
 
 
 def terminal_table(study: Study) -> TerminalTable:
     """Return the trials as a table, best first."""
     table = TerminalTable(caption="✓ where an axis is won; kurtosis and int8 gap are the worst seed's")
-    table.add_column("trial", overflow="fold")
+    table.add_column("trial", overflow="fold", min_width=14)
     for heading, unit in HEADINGS.values():
         table.add_column(f"{heading} ({unit})", justify="right", overflow="fold")
     table.add_column("seeds", justify="right")
@@ -80,7 +84,8 @@ def write_report(study: Study) -> Path:
     ]
     rows: list[list[Any]] = [[each.trial, *_cells(each).values(), each.seeds] for each in study.axes]
     notes = (
-        "✓ marks an axis that is won. Trials are ordered by axes won, then by loss.",
+        "✓ marks an axis that is won, – what has no number: a trial that diverged with a seed, SOAP's speed.",
+        "Trials are ordered by axes won, then by loss.",
         "The finalists ran with every seed, the others with the first; ± is the standard error over seeds of "
         "the difference to pre_norm.",
         "Speed is that of whole training steps at width 768, 12 layers and 128 tokens, timed in turn with "
