@@ -126,6 +126,8 @@ def test_a_study_runs_repeats_its_finalists_and_goes_on(story, tmp_path) -> None
     assert all(each.speed > 0 for each in done.axes)
     assert five_axes(config, console=QUIET) == done
     assert terminal_table(done).row_count == 3
+    assert "learning rate 0.002 linear" in done.facts["training"]
+    assert "width 64, 1 layers" in done.facts["speed"]
     with pytest.raises(InputError, match="first trial of a study must be pre_norm"):
         five_axes(replace(config, trials=config.trials[1:]), console=QUIET)
     with pytest.raises(InputError, match="each once"):
@@ -144,6 +146,10 @@ def test_what_is_given_is_laid_over_the_studys_own_settings() -> None:
 
 def test_the_command_refuses_what_a_study_does_not_take(capsys) -> None:
     assert command(["compare", "--study", "five-axes", "--blocks", "sas"]) == 1
-    assert "leave --blocks out" in capsys.readouterr().err
+    assert "leave --blocks and" in capsys.readouterr().err
+    assert command(["compare", "--study", "five-axes", "--calibration-batches", "3"]) == 1
+    assert "calibration of its own" in capsys.readouterr().err
+    assert command(["compare", "--study", "five-axes", "--overwrite"]) == 1
+    assert "goes on with what is there" in capsys.readouterr().err
     assert command(["compare", "--seeds", "0", "1"]) == 1
     assert "seeds are for a study" in capsys.readouterr().err

@@ -178,7 +178,9 @@ def test_what_cannot_be_built_is_said(monkeypatch) -> None:
     with pytest.raises(InputError, match="soap trains matrices between features"):
         build_optimiser("soap", nn.LayerNorm(3), PLAIN)
     with pytest.raises(InputError, match="learning rate"):
-        build_optimiser("muon", small(), Settings(0.1, 0.1, vector_learning_rate=-1.0))
+        build_optimiser("adamw", small(), Settings(0.1, 0.1, vector_learning_rate=-1.0))
+    with pytest.raises(InputError, match="learning rate"):
+        build_optimiser("adamw", small(), Settings(0.1, 0.1, vector_learning_rate=0.0))
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(MissingExtraError, match=r"gramian\[optimisers\]"):
         build_optimiser("soap", small(), PLAIN)

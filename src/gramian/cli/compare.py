@@ -25,13 +25,18 @@ def compare(
     Args:
         config: what to read, build, train and compare.
         study: five-axes searches for one block that wins on loss, parameters, speed, outliers and int8; it
-            has settings of its own where none are given here, and goes on where it was stopped.
+            has settings of its own, which it prints, where none differ here from a comparison's defaults,
+            and goes on where it was stopped.
         seeds: repetitions of a study's best trials; 0 1 2 when not given.
         resume: go on with the comparison of this name from its newest checkpoints.
         overwrite: replace the comparison of this name.
     """
     console = Console()
     if study is not None:
+        if overwrite:
+            raise InputError(
+                "a study goes on with what is there; give another --name in place of --overwrite"
+            )
         _study(config, seeds, console)
         return
     if seeds:
@@ -44,8 +49,10 @@ def compare(
 def _study(config: task.CompareConfig, seeds: tuple[int, ...], console: Console) -> None:
     """Run the five-axes study with what was changed from the defaults of a comparison."""
     default, base = task.CompareConfig(), StudyConfig()
-    if config.blocks != default.blocks:
-        raise InputError("a study has trials of its own; leave --blocks out")
+    if config.blocks != default.blocks or config.calibration_batches != default.calibration_batches:
+        raise InputError(
+            "a study has blocks and calibration of its own; leave --blocks and --calibration-batches out"
+        )
     name = base.name if config.name == default.name else config.name
     given = replace(base, job=_laid_over(base.job, config, default), name=name, seeds=seeds or base.seeds)
     found = five_axes(given, console=console)

@@ -66,7 +66,7 @@ class StudyConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Repetitions of the finalists; every trial runs with the first."""
     finalists: int = 5
-    """Trials that are repeated with all seeds, the base among them."""
+    """Trials that are repeated with all seeds, beside the base."""
     speed_width: int = 768
     """Width at which training speed is measured: at small widths it says little."""
     speed_depth: int = 12
@@ -142,7 +142,7 @@ def five_axes(config: StudyConfig, *, console: Console | None = None) -> Study:
     folder = run_folder(config.job.runs, config.name)
     with console.status("reading and tokenising the text"):
         corpus = config.job.data.load()
-    facts = text_facts(corpus)
+    facts = {**text_facts(corpus), **_settings(config)}
     print_facts(console, facts)
     first = run_trials(config.job, config.trials, config.seeds[:1], corpus, folder, console)
     speeds = _speeds(config, corpus.vocabulary, folder / "speeds.json", console)
@@ -154,6 +154,19 @@ def five_axes(config: StudyConfig, *, console: Console | None = None) -> Study:
     axes = ranking(outcomes, speeds)
     write_json(folder / "result.json", {"facts": facts, "axes": [asdict(each) for each in axes]})
     return Study(folder, tuple(axes), facts)
+
+
+def _settings(config: StudyConfig) -> dict[str, str]:
+    """Say how trials are trained, where they do not say it themselves, and timed."""
+    training, shape = config.job.training, config.job.shape
+    return {
+        "model": f"{shape.depth} layers, width {shape.width}, context {shape.context}",
+        "training": f"{training.steps:,} steps of {training.batch} sequences, {training.optimiser}, learning "
+        f"rate {training.learning_rate:g} {training.schedule}, weight decay {training.weight_decay:g}",
+        "seeds": ", ".join(map(str, config.seeds)),
+        "speed": f"training steps at width {config.speed_width}, {config.speed_depth} layers, "
+        f"{shape.context} tokens",
+    }
 
 
 def ranking(outcomes: Outcomes, speeds: Mapping[str, float]) -> list[Axes]:

@@ -88,8 +88,8 @@ def write_report(study: Study) -> Path:
         "Trials are ordered by axes won, then by loss.",
         "The finalists ran with every seed, the others with the first; ± is the standard error over seeds of "
         "the difference to pre_norm.",
-        "Speed is that of whole training steps at width 768, 12 layers and 128 tokens, timed in turn with "
-        "pre_norm's. That of SOAP is not measured: it works in bursts.",
+        "Speed is that of whole training steps of a larger model (see above), timed in turn with pre_norm's. "
+        "That of SOAP is not measured: it works in bursts.",
         "Kurtosis is the largest of any layer, the last one's output included. It does not predict the int8 "
         "gap, which is therefore measured. Settings and readings of every run are in its own folder.",
     )

@@ -25,6 +25,12 @@ class Settings:
     vector_learning_rate: float | None = None
     """Learning rate of what AdamW trains beside SOAP, Shampoo or Muon; the same when not given."""
 
+    @property
+    def beside(self) -> "Settings":
+        """What AdamW is told beside another optimiser."""
+        rate = self.learning_rate if self.vector_learning_rate is None else self.vector_learning_rate
+        return Settings(rate, self.weight_decay, None, self.eps)
+
 
 BETAS = {
     "adamw": (0.9, 0.99),
@@ -114,7 +120,7 @@ def check(name: str, settings: Settings) -> None:
     """
     if name not in OPTIMISERS:
         raise InputError(f"unknown optimiser {name!r}; choose one of {', '.join(OPTIMISERS)}")
-    for rate in (settings.learning_rate, settings.vector_learning_rate or settings.learning_rate):
+    for rate in (settings.learning_rate, settings.beside.learning_rate):
         if not rate > 0:
             raise InputError(f"the learning rate must be positive, got {rate:g}")
     betas = settings.betas or BETAS[name]
@@ -152,12 +158,9 @@ def build_optimiser(name: str, model: nn.Module, settings: Settings) -> torch.op
         known = {id(parameter) for parameter in hidden}
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) not in known]
-        beside = Settings(
-            settings.vector_learning_rate or settings.learning_rate, settings.weight_decay, None, settings.eps
-        )
         rest = [group for group in groups if group["params"]]
         main = OPTIMISERS[name]([{"params": hidden, "weight_decay": settings.weight_decay}], settings)
-        optimiser = Side([main, _adamw(rest, beside)] if rest else [main])
+        optimiser = Side([main, _adamw(rest, settings.beside)] if rest else [main])
     else:
         optimiser = OPTIMISERS[name]([group for group in groups if group["params"]], settings)
     for group in optimiser.param_groups:
