@@ -4,10 +4,14 @@ import math
 from typing import Any
 
 import torch
+from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
 from gramian.nn.init import Reparametrised
 from gramian.nn.mixing import ClippedSoftmaxMixing, ShapedMixing, SinkMixing, SoftCapMixing
+from gramian.nn.prescribed import CausalExponential, CausalUniform, Exponential, PrescribedMixing
+from gramian.nn.skipless import Modulated
+from gramian.nn.tailored import TailoredLeakyReLU
 
 
 def norm(module: nn.Module, x: Tensor) -> Tensor:
@@ -16,7 +20,8 @@ def norm(module: nn.Module, x: Tensor) -> Tensor:
         root = (centred.square().mean(-1, keepdim=True) + module.eps).sqrt()
         return centred / root * module.weight + module.bias
     if isinstance(module, nn.RMSNorm):
-        return x / (x.square().mean(-1, keepdim=True) + module.eps).sqrt() * module.weight
+        normed = x / (x.square().mean(-1, keepdim=True) + module.eps).sqrt()
+        return normed if module.weight is None else normed * module.weight
     assert isinstance(module, nn.Identity)
     return x
 
@@ -37,6 +42,25 @@ def clipped(weight: Tensor, offset: float) -> Tensor:
     return 0 * weight if stretched < 0 else stretched
 
 
+def target(prescription: Any, parameter: float, tokens: int) -> Tensor:
+    """The correlation of tokens that a prescribed attention aims at, by its rate or its correlation."""
+    if isinstance(prescription, (CausalExponential, Exponential)):
+        place = torch.arange(tokens, dtype=torch.float64)
+        apart = (place[:, None] - place).abs()
+        return torch.where(apart == 0, 1.0, torch.exp(-parameter * apart.clamp(min=1)))
+    return torch.full((tokens, tokens), parameter, dtype=torch.float64).fill_diagonal_(1.0)
+
+
+def prescribed(prescription: Any, tokens: int) -> Tensor:
+    """The matrix that takes one target to the next, by dense linear algebra."""
+    goal = getattr(prescription, "rate", None) or prescription.correlation
+    after, before = (target(prescription, value, tokens) for value in (goal, prescription.before))
+    if isinstance(prescription, (CausalExponential, CausalUniform)):
+        return torch.linalg.cholesky(after) @ torch.linalg.inv(torch.linalg.cholesky(before))
+    one, other = (torch.from_numpy(sqrtm(matrix.numpy()).real) for matrix in (after, before))
+    return one @ torch.linalg.inv(other)
+
+
 def mixing_matrix(mixing: Any, head: int, q: Tensor, k: Tensor) -> Tensor:
     """Return what multiplies the values of one head: (tokens, tokens)."""
     tokens = len(q)
@@ -51,6 +75,9 @@ def mixing_matrix(mixing: Any, head: int, q: Tensor, k: Tensor) -> Tensor:
             total = total + math.exp(mixing.sink) if isinstance(mixing.sink, float) else total
             total = total + mixing.sink[head].exp() if isinstance(mixing.sink, Tensor) else total
         weights = logits.exp() / total
+        if isinstance(mixing, PrescribedMixing):
+            row = prescribed(mixing.prescription, tokens)[i, list(seen)]
+            weights = row * logits.exp() / (row @ logits.exp()) * row.sum()
         if isinstance(mixing, ClippedSoftmaxMixing):
             weights = torch.stack([clipped(weight, mixing.offset) for weight in weights])
         for j in seen:
@@ -93,8 +120,36 @@ def mlp(module: Any, x: Tensor) -> Tensor:
     return linear(module.down, hidden[:, :half].clamp(min=0) * hidden[:, half:])
 
 
+def leaky(module: TailoredLeakyReLU, x: Tensor) -> Tensor:
+    scale = (2 / (1 + module.negative_slope**2)) ** 0.5
+    return scale * torch.where(x > 0, x, module.negative_slope * x)
+
+
+def orthogonal_mlp(module: Any, x: Tensor) -> Tensor:
+    inner, down = module
+    up, activation = inner.branch if isinstance(inner, Modulated) else inner
+    hidden = leaky(activation, linear(up, x))
+    return linear(down, hidden * (1 + linear(inner.gate, x)) if isinstance(inner, Modulated) else hidden)
+
+
+def norm_free(name: str, module: Any, x: Tensor) -> Tensor:
+    """A block of `gramian.nn.skipless`, its skips where its name says."""
+    before, attend, feed = module
+    x, kept = norm(before, x), 0.98
+    new = (1 - kept**2) ** 0.5
+    if name in ("e_spa_attention_skip", "e_spa_skips"):
+        x = kept * x + new * attention(attend.branch, x)
+    else:
+        x = attention(attend, x)
+    if name in ("e_spa_mlp_skip", "e_spa_skips"):
+        return kept * x + new * orthogonal_mlp(feed.branch, x)
+    return orthogonal_mlp(feed, x)
+
+
 def block(name: str, module: Any, x: Tensor) -> Tensor:
     """One sequence through a block, from the equation of its docstring and the parts' places in it."""
+    if name in ("v_skipinit", "u_spa") or name.startswith("e_spa"):
+        return norm_free(name, module, x)
     if name == "sas":
         before, attend, feed = module
         middle = attention(attend, norm(before, x))

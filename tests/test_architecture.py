@@ -85,8 +85,7 @@ def test_importing_gramian_is_light() -> None:
 def test_nothing_executable_is_loaded_from_files() -> None:
     for path in FILES:
         source = path.read_text(encoding="utf-8")
-        assert "pickle" not in source
-        assert "allow_pickle=True" not in source
+        assert "pickle" not in source.replace("allow_pickle=False", "")
         for line in source.splitlines():
             assert "torch.load(" not in line or "weights_only=True" in line
             assert "np.load(" not in line or "allow_pickle=False" in line

@@ -144,7 +144,8 @@ def test_bad_configurations_are_named() -> None:
         ({"block": "resnet"}, "unknown block 'resnet'"),
         ({"norm": "batch"}, "unknown norm 'batch'"),
         ({"activation": "step"}, "unknown activation 'step'"),
-        ({"positions": "rotary"}, "unknown positions"),
+        ({"positions": "alibi"}, "unknown positions"),
+        ({"positions": "rotary", "width": 15}, "heads of an even width, got 5"),
         ({"mlp_width": -1}, "mlp_width"),
         ({"width": 27, "positions": "sinusoidal"}, "even width"),
     ):

@@ -54,7 +54,7 @@ def composed(config: dict[str, Any], layer: int) -> nn.Module:
     first = iter([norms["layernorm"]] if layer == 0 else [])
     norms["none_except_layernorm_in_layer_0"] = lambda width: next(first, nn.Identity)(width)
     width, heads = config["d_model"], config["n_heads"]
-    activations = {"leaky_relu": partial(nn.LeakyReLU, config["negative_slope"]), **ACTIVATIONS}
+    activations = {**ACTIVATIONS, "leaky_relu": partial(nn.LeakyReLU, config["negative_slope"])}
     parts = Parts(
         width,
         heads,

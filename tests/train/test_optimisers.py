@@ -76,6 +76,21 @@ def test_adamw_takes_one_known_step() -> None:
     assert model.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1)
 
 
+def test_sgd_takes_two_known_steps() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 2.0)
+    optimiser = build_optimiser("sgd", model, Settings(0.1, 0.5))
+    for gradient in (3.0, -1.0):
+        model.weight.grad = torch.tensor([[gradient]])
+        optimiser.step()
+    first = 3.0 + 0.5 * 2.0  # decay is a term of the gradient
+    weight = 2.0 - 0.1 * first
+    second = 0.9 * first + (-1.0 + 0.5 * weight)
+    assert model.weight.item() == pytest.approx(weight - 0.1 * second)
+    plain = build_optimiser("sgd", model, Settings(0.1, 0.5, betas=(0.0, 0.0)))
+    assert plain.param_groups[0]["momentum"] == 0.0
+
+
 def test_bad_settings_are_named() -> None:
     model = nn.Linear(2, 2)
     for rate, decay, betas, eps, words in (
@@ -173,8 +188,8 @@ def test_a_learning_rate_of_its_own_for_what_adamw_trains_beside() -> None:
 
 
 def test_what_cannot_be_built_is_said(monkeypatch) -> None:
-    with pytest.raises(InputError, match="unknown optimiser 'sgd'; choose one of adamw, adafactor"):
-        build_optimiser("sgd", small(), PLAIN)
+    with pytest.raises(InputError, match="unknown optimiser 'lion'; choose one of adamw, adafactor"):
+        build_optimiser("lion", small(), PLAIN)
     with pytest.raises(InputError, match="soap trains matrices between features"):
         build_optimiser("soap", nn.LayerNorm(3), PLAIN)
     with pytest.raises(InputError, match="learning rate"):

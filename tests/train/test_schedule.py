@@ -20,13 +20,15 @@ def test_values_by_hand() -> None:
     assert multiplier(55, 100, 0.1, "linear") == pytest.approx(0.5)
     assert multiplier(55, 100, 0.1, "cosine") == pytest.approx(0.5)
     assert multiplier(99, 100, 0.1, "constant") == 1
+    stairs = [multiplier(step, 8, 0.0, "step") for step in range(8)]
+    assert stairs == [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
     assert multiplier(0, 1, 0.0, "linear") == 1
     assert multiplier(99, 100, 1.0, "linear") == 1
 
 
 def test_bad_settings_are_named() -> None:
-    with pytest.raises(InputError, match="unknown schedule 'step'"):
-        multiplier(0, 10, 0.1, "step")
+    with pytest.raises(InputError, match="unknown schedule 'stairs'"):
+        multiplier(0, 10, 0.1, "stairs")
     with pytest.raises(InputError, match="warm-up"):
         multiplier(0, 10, 1.5, "linear")
     with pytest.raises(InputError, match="outside a run of 10"):

@@ -12,6 +12,7 @@ from gramian.cli.evaluate import evaluate
 from gramian.cli.generate import generate
 from gramian.cli.list import list_names
 from gramian.cli.observe import observe
+from gramian.cli.predict import predict
 from gramian.cli.quantise import quantise
 from gramian.cli.train import train
 from gramian.cli.verify import verify
@@ -19,6 +20,7 @@ from gramian.compress.torch_ao import quieten
 from gramian.errors import GramianError, StoppedError
 
 COMMANDS = {
+    "predict": predict,
     "compare": compare,
     "train": train,
     "generate": generate,
@@ -50,7 +52,7 @@ def run(arguments: list[str]) -> int:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="gramian",
-            description="Compare, train and observe deep networks through their Gram matrices.",
+            description="Predict, train, compare and observe deep networks through their Gram matrices.",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )

@@ -1,9 +1,10 @@
 """`gramian verify`: a published system's claim, tested on this machine."""
 
 import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.table import Column, Table
 
 from gramian.errors import GramianError, InputError
 
-SYSTEMS = ("simplified_block", "outlier_features")
+SYSTEMS = ("simplified_block", "outlier_features", "shortcut_free", "scaled_resnet")
 
 
 class RefutedError(GramianError):
@@ -22,6 +23,7 @@ def verify(
     system: Annotated[str, tyro.conf.Positional],
     setting: str = "quick",
     text: tuple[Path, ...] = (),
+    images: Path | None = None,
     runs: Path = Path("runs"),
     steps: int | None = None,
     seeds: tuple[int, ...] = (),
@@ -31,10 +33,13 @@ def verify(
     A run that was stopped goes on where it was.
 
     Args:
-        system: which one; simplified_block or outlier_features.
-        setting: quick takes minutes on two cores; decoder and encoder (simplified_block), codeparrot and opt
-            (outlier_features) are the published settings.
+        system: simplified_block, outlier_features, shortcut_free or scaled_resnet.
+        setting: quick takes minutes to an hour or two on two cores; decoder and encoder (simplified_block),
+            codeparrot and opt (outlier_features), wikitext (shortcut_free), cifar10, cifar100 and tiny
+            (scaled_resnet) are the published settings.
         text: text to train on; the Python standard library when none is given.
+        images: images to train on, .npz or MNIST's format (scaled_resnet); scikit-learn's digits when not
+            given.
         runs: folder of run folders.
         steps: optimiser steps; a few minutes' worth when not given.
         seeds: repetitions; three when not given.
@@ -43,18 +48,16 @@ def verify(
         raise InputError(f"unknown system {system!r}; choose {', '.join(SYSTEMS)}")
     module = importlib.import_module(f"gramian.systems.{system}")
     config = module.quick() if setting == "quick" else module.paper(setting)
-    job = replace(config.job, runs=runs, data=replace(config.job.data, text=text))
+    job = replace(config.job, runs=runs, data=_data(system, config.job.data, text, images))
     if steps is not None:
         job = replace(job, training=replace(job.training, steps=steps))
     config = replace(config, job=job, seeds=seeds or config.seeds)
     console = Console()
     console.print(" ".join(module.CLAIM.split()), highlight=False)
     result = module.run(config, console=console)
-    rows = module.table(result)
-    table = Table(*(Column(name, overflow="fold") for name in rows[0]))
-    for row in rows:
-        table.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in row.values()))
-    console.print(table)
+    for rows in (module.start_table(result) if hasattr(module, "start_table") else (), module.table(result)):
+        if rows:
+            console.print(_table(rows))
     findings = module.check(result)
     for finding in findings:
         word, side = ("holds" if finding.holds else "FAILS"), ("≤" if finding.below else "≥")
@@ -66,3 +69,22 @@ def verify(
     failed = [finding.what for finding in findings if not finding.holds]
     if failed:
         raise RefutedError(f"the claim does not hold here: {failed[0]}")
+
+
+def _data(system: str, data: Any, text: tuple[Path, ...], images: Path | None) -> Any:
+    """Return what a system reads, with the files given.
+
+    Raises: InputError for files of a kind that the system does not read.
+    """
+    reads_text = hasattr(data, "text")
+    if (images is not None and reads_text) or (text and not reads_text):
+        kind = "text, not images" if reads_text else "images, not text"
+        raise InputError(f"{system} reads {kind}")
+    return replace(data, text=text) if reads_text else replace(data, path=images)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]))
+    for row in rows:
+        table.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in row.values()))
+    return table

@@ -3,11 +3,37 @@
 from collections.abc import Callable
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gramian.errors import InputError
 
 Activation = Callable[[], nn.Module]
+
+
+class Erf(nn.Module):
+    """The error function, erf x = 2/√π ∫₀ˣ exp(−t²) dt."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to every entry."""
+        return torch.erf(x)
+
+
+class Sin(nn.Module):
+    """The sine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to every entry."""
+        return torch.sin(x)
+
+
+class Abs(nn.Module):
+    """The absolute value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to every entry."""
+        return x.abs()
+
 
 ACTIVATIONS: dict[str, Activation] = {
     "relu": nn.ReLU,
@@ -15,6 +41,12 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
+    "leaky_relu": nn.LeakyReLU,
+    "erf": Erf,
+    "sin": Sin,
+    "softplus": nn.Softplus,
+    "abs": Abs,
+    "identity": nn.Identity,
 }
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from gramian.errors import InputError
 from gramian.nn.mixing import ShapedMixing, SoftCapMixing, SoftmaxMixing, shared, uniform_mean
 from gramian.nn.norms import Norm, identity
-from gramian.nn.view import View
+from gramian.nn.prescribed import PrescribedMixing
+from gramian.nn.view import View, positions
 
 __all__ = [
     "Attention",
@@ -57,9 +58,11 @@ class Attention(nn.Module):
 
     N_Q and N_K act on each head's d_k features. `value` and `projection` are modules on features; the
     identity makes the simplified blocks. `gate`, when given, is a module that returns the logits of one gate
-    a head or a feature (`Gate`). Queries and keys are one product. `key_heads` below `heads` lets
-    groups of queries share keys, and values too where the value map gives as many features. Queries start
-    at zero where the mixing is centred, so that it starts at the identity. Rows of padding come out as zero.
+    a head or a feature (`Gate`). `rotary`, when given, rotates normed queries and keys by their position
+    (`Rotary`). Queries and keys are one product. `key_heads` below `heads` lets groups of queries share keys,
+    and values too where the value map gives as many features. Queries start at zero where the mixing wants
+    them to: a centred one then starts at the identity, a prescribed one, whose keys start at N(0, 1/width),
+    at its prescription. Rows of padding come out as zero.
 
     Shapes: (batch, tokens, width) -> (batch, tokens, width).
     Raises: InputError when heads does not divide width or key_heads does not divide heads, and for a gate
@@ -81,6 +84,7 @@ class Attention(nn.Module):
         projection: nn.Module | None = None,
         query_key_norm: Norm = identity,
         gate: nn.Module | None = None,
+        rotary: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if heads < 1 or width < 1 or width % heads:
@@ -99,11 +103,15 @@ class Attention(nn.Module):
         self.projection = nn.Linear(width, width, bias=False) if projection is None else projection
         self.mixing = mixing
         self.gate = gate
+        self.rotary = rotary
 
     def initialise_(self, generator: torch.Generator) -> None:
-        """Set W_Q = 0 under a centred mixing."""
-        if isinstance(self.mixing, ShapedMixing) and self.mixing.gamma is not None:
-            nn.init.zeros_(self.query_key.weight[: self.sizes[0]])
+        """Set W_Q = 0 under a mixing that starts there, and W_K under a prescribed one."""
+        width, weight = self.sizes[0], self.query_key.weight
+        if getattr(self.mixing, "zero_queries", False):
+            nn.init.zeros_(weight[:width])
+        if isinstance(self.mixing, PrescribedMixing):
+            nn.init.normal_(weight[width:], std=width**-0.5, generator=generator)
 
     def _heads(
         self, x: Float[Tensor, "batch tokens features"]
@@ -131,17 +139,14 @@ class Attention(nn.Module):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
         """Mix the values: features (batch, tokens, ·) to features."""
-        past, total = view.past, None
-        real = view.real
+        past, real = view.past, view.real
         if past is not None:
-            total, started = past.total, past.length > 0
-            keys, values = past.append(
-                self.key_norm(self._heads(k)),
-                self._heads(v),
-                None if real is None else real[:, -k.shape[1] :],
-            )
-            if started:
-                mixed = self.mixing(self.query_norm(self._heads(q)), keys, values, real, total)
+            total, before = past.total, past.length
+            queries, keys = self._placed(q, k, real, before)
+            new = None if real is None else real[:, -k.shape[1] :]
+            keys, values = past.append(keys, self._heads(v), new)
+            if before:
+                mixed = self.mixing(queries, keys, values, real, total)
                 return _zeroed(mixed.transpose(1, 2).flatten(-2), real)
         if not view.rows:
             return _zeroed(self._attend(q, k, v, real), real)
@@ -150,8 +155,16 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
         """Mix within one batch of sequences that begin with their first token."""
-        q, k = self.query_norm(self._heads(q)), self.key_norm(self._heads(k))
+        q, k = self._placed(q, k, real)
         return self.mixing(q, k, self._heads(v), real).transpose(1, 2).flatten(-2)
+
+    def _placed(self, q: Tensor, k: Tensor, real: Tensor | None, before: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the heads of queries and keys, normed and rotated; `before` tokens lie in a cache."""
+        q, k = self.query_norm(self._heads(q)), self.key_norm(self._heads(k))
+        if self.rotary is None:
+            return q, k
+        places = positions(View(real), before, q.shape[2], None, q.device)
+        return self.rotary(q, places), self.rotary(k, places)
 
 
 def _zeroed(x: Tensor, real: Tensor | None) -> Tensor:

@@ -11,6 +11,14 @@ from gramian.nn.mixing import ShapedMixing, SinkMixing, SoftmaxMixing
 from gramian.nn.norms import NORMS, identity
 from gramian.nn.parts import MLP, Block, Parts, attention_of, mlp_of, pre_normed
 from gramian.nn.residual import Chain, Residual, Sum, down_weighted_gain, trainable
+from gramian.nn.skipless import (
+    e_spa,
+    e_spa_attention_skip,
+    e_spa_mlp_skip,
+    e_spa_skips,
+    u_spa,
+    v_skipinit,
+)
 from gramian.nn.variants import (
     peri_norm,
     pre_norm_clipped,
@@ -168,6 +176,12 @@ BLOCKS: dict[str, Block] = {
         pre_norm_softcap,
         pre_norm_qk_norm,
         peri_norm,
+        v_skipinit,
+        u_spa,
+        e_spa,
+        e_spa_attention_skip,
+        e_spa_mlp_skip,
+        e_spa_skips,
     )
 }
 

@@ -70,6 +70,47 @@ class OrthogonalProjection(nn.Linear):
         nn.init.orthogonal_(self.weight, generator=generator)
 
 
+class ScaledOrthogonal(nn.Linear):
+    """A linear map that starts as a random rotation, scaled so that entries keep their mean square.
+
+        y = x Wᵀ + b,   W = max(√(out/in), 1) Q,   b = 0,   Q with orthonormal rows or columns
+
+    Shapes: (…, in) -> (…, out).
+    Raises: InputError unless both numbers of features are positive.
+    Holds: mean y² = mean x², exactly for out ≥ in, otherwise on average over Q; at the start.
+    Source: Martens et al. 2021, arXiv 2110.01765 (scaled-corrected uniform orthogonal).
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        if in_features < 1 or out_features < 1:
+            raise InputError(
+                f"a linear map needs positive numbers of features, got {in_features}, {out_features}"
+            )
+        super().__init__(in_features, out_features, bias)
+
+    def initialise_(self, generator: torch.Generator) -> None:
+        """Draw a scaled orthogonal matrix."""
+        gain = max(math.sqrt(self.out_features / self.in_features), 1.0)
+        nn.init.orthogonal_(self.weight, gain, generator=generator)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear map without a bias that starts at zero.
+
+        y = x Wᵀ,   W = 0 at the start
+
+    Shapes: (…, in) -> (…, out).
+    Holds: exactly.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def initialise_(self, generator: torch.Generator) -> None:
+        """Set W = 0."""
+        nn.init.zeros_(self.weight)
+
+
 def fan_in_std(width: int) -> float:
     """Return the standard deviation that keeps the published start, 0.02 at width 768, at another width.
 

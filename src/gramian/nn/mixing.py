@@ -31,6 +31,9 @@ class SoftmaxMixing(nn.Module):
     Holds: exactly.
     """
 
+    zero_queries = False
+    """Whether queries are to start at zero."""
+
     def __init__(self, causal: bool = True) -> None:
         super().__init__()
         self.causal = causal
@@ -300,6 +303,7 @@ class ShapedMixing(SoftmaxMixing):
         self.alpha = nn.Parameter(torch.full((heads,), float(alpha)))
         self.beta = nn.Parameter(torch.full((heads,), float(beta)))
         self.gamma = nn.Parameter(torch.full((heads,), float(beta))) if centre else None
+        self.zero_queries = centre
         self.gain = gain
 
     def forward(

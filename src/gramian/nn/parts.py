@@ -21,7 +21,8 @@ class Parts:
 
     `layer` counts from 0 to `depth` − 1; `mlp_width` is the hidden width of the MLP; `key_heads` heads of
     keys and values are shared by groups of query heads; `mlp_gain` is the β_FF of the simplified blocks at
-    18 layers; `context` is the length of a training sequence.
+    18 layers; `context` is the length of a training sequence; `rotary` makes what rotates queries and keys
+    of heads of a given width by their position, if anything does.
     """
 
     width: int
@@ -36,6 +37,7 @@ class Parts:
     key_heads: int | None = None
     mlp_gain: float = 0.1
     context: int = 512
+    rotary: Callable[[int], nn.Module] | None = None
 
 
 Block = Callable[[Parts], nn.Module]
@@ -82,7 +84,8 @@ def mlp_of(parts: Parts) -> MLP:
 
 def attention_of(parts: Parts, mixing: SoftmaxMixing, **maps: Any) -> Attention:
     """Return the attention of a block; `maps` are further parts of it."""
-    return Attention(parts.width, parts.heads, mixing, key_heads=parts.key_heads, **maps)
+    rotary = None if parts.rotary is None else parts.rotary(parts.width // parts.heads)
+    return Attention(parts.width, parts.heads, mixing, key_heads=parts.key_heads, rotary=rotary, **maps)
 
 
 def pre_normed(parts: Parts, attention: Attention) -> nn.Module:

@@ -17,6 +17,7 @@ from gramian.nn.blocks import Parts, block
 from gramian.nn.init import OrthogonalProjection, fan_in_std, initialise_
 from gramian.nn.norms import norm
 from gramian.nn.residual import through
+from gramian.nn.rotary import Rotary
 from gramian.nn.view import Past, View, positions
 
 
@@ -39,7 +40,7 @@ class Shape:
     activation: str = "relu"
     """relu, gelu, gelu_tanh, silu or tanh."""
     positions: str = "learned"
-    """learned or sinusoidal."""
+    """learned or sinusoidal vectors added to the embeddings, or rotary: turned queries and keys."""
     tied: bool = True
     """Whether the head uses the token embedding's matrix, or one of its own."""
     final_norm: bool = True
@@ -84,10 +85,12 @@ class TransformerConfig(Shape):
             raise InputError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.key_heads is not None and (self.key_heads < 1 or self.heads % self.key_heads):
             raise InputError(f"key_heads must divide the {self.heads} heads, got {self.key_heads}")
-        if self.positions not in ("learned", "sinusoidal"):
-            raise InputError(f"unknown positions {self.positions!r}; choose learned or sinusoidal")
+        if self.positions not in ("learned", "sinusoidal", "rotary"):
+            raise InputError(f"unknown positions {self.positions!r}; choose learned, sinusoidal or rotary")
         if self.positions == "sinusoidal" and self.width % 2:
             raise InputError(f"sinusoidal positions need an even width, got {self.width}")
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            raise InputError(f"rotary positions need heads of an even width, got {self.width // self.heads}")
 
     @property
     def std(self) -> float:
@@ -109,6 +112,7 @@ class TransformerConfig(Shape):
             key_heads=self.key_heads,
             mlp_gain=self.mlp_gain,
             context=self.context,
+            rotary=Rotary if self.positions == "rotary" else None,
         )
 
 
@@ -157,8 +161,9 @@ class Transformer(nn.Module):
         X_0 = E[tokens] Q_inᵀ + P,   X_l = block_l(X_{l−1}),   features = N(X_L) Q_outᵀ
         logits = features W_headᵀ
 
-    Q_in and Q_out are the identity, or the maps of `embedding_projection`. A decoder's logits are those of
-    the next token, an encoder's those of the token itself. `mask` is 1 (or true) at real tokens and 0 at
+    P are the position vectors; rotary positions have none, and attention rotates its queries and keys. Q_in
+    and Q_out are the identity, or the maps of `embedding_projection`. A decoder's logits are those of the
+    next token, an encoder's those of the token itself. `mask` is 1 (or true) at real tokens and 0 at
     padding, on either side; `documents` numbers packed documents, which do not see each other, and positions
     restart in each. `past` is what each layer remembers of the tokens before (`memory()`), for decoding; it
     grows by these tokens, and `mask` then covers those before too.
@@ -178,9 +183,10 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
         """Whether training computes every block again in the backward pass, to save memory."""
         self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.positions: nn.Module | None = None
         if config.positions == "learned":
             self.positions = nn.Embedding(config.context, config.width)
-        else:
+        elif config.positions == "sinusoidal":
             self.positions = Positions(config.context, config.width, config.std)
         build = block(config.block)
         self.blocks = nn.ModuleList(build(config.parts(layer)) for layer in range(config.depth))
@@ -219,7 +225,8 @@ class Transformer(nn.Module):
         if longest > self.config.context:
             raise InputError(f"a sequence of {longest} tokens exceeds the context of {self.config.context}")
         embedded = self.embedding(tokens) if embedded is None else embedded
-        x = self.embedding_projection(embedded) + self.positions(places)
+        x = self.embedding_projection(embedded)
+        x = x if self.positions is None else x + self.positions(places)
         for layer, memory in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
             inner = view if memory is None else (view or View()).after(memory)
             if self.gradient_checkpointing and self.training:

@@ -19,7 +19,7 @@ class Settings:
     learning_rate: float
     weight_decay: float
     betas: tuple[float, float] | None = None
-    """Decay rates of the two moments (of Muon: the first, of the momentum); None takes `BETAS`."""
+    """Decay rates of the two moments (of Muon and SGD: the first, of the momentum); None takes `BETAS`."""
     eps: float = 1e-8
     """The term added to the root of the second moment."""
     vector_learning_rate: float | None = None
@@ -38,6 +38,7 @@ BETAS = {
     "soap": (0.95, 0.95),
     "shampoo": (0.9, 0.95),
     "muon": (0.95, 0.99),
+    "sgd": (0.9, 0.0),
 }
 """Decay rates that each optimiser takes when none are given; AdamW beside another takes its own."""
 
@@ -139,15 +140,16 @@ def check(name: str, settings: Settings) -> None:
 def build_optimiser(name: str, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """Return the optimiser of a name over a model's trainable parameters.
 
-    adamw and adafactor train everything. soap, shampoo and muon train the `hidden_matrices`, and AdamW the
-    rest: embeddings, heads, gains, biases and norms. Only matrices and embeddings are decayed. A group's
+    adamw, adafactor and sgd train everything. soap, shampoo and muon train the `hidden_matrices`, and AdamW
+    the rest: embeddings, heads, gains, biases and norms. Only matrices and embeddings are decayed. A group's
     learning rate at a step is its `initial_lr` times the schedule.
 
     Raises: InputError and MissingExtraError as `check`, and when there is nothing to train.
     Source: AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. Adafactor: Shazeer & Stern 2018, arXiv
         1804.04235, here with a given learning rate and momentum. SOAP: Vyas et al. 2024, arXiv 2409.11321.
         Shampoo: Gupta et al. 2018, arXiv 1802.09568, with steps of AdamW's size. Muon: Jordan et al. 2024,
-        with steps of AdamW's size (Liu et al. 2025, arXiv 2502.16982).
+        with steps of AdamW's size (Liu et al. 2025, arXiv 2502.16982). SGD: Polyak's momentum, with weight
+        decay as a term of the gradient.
     """
     check(name, settings)
     groups = parameter_groups(model, settings.weight_decay)
@@ -223,12 +225,19 @@ def _muon(groups: Groups, settings: Settings) -> torch.optim.Optimizer:
     )
 
 
+def _sgd(groups: Groups, settings: Settings) -> torch.optim.Optimizer:
+    """Gradient descent with momentum: v ↦ βv + (g + decay · w), w ↦ w − rate · v."""
+    momentum = (settings.betas or BETAS["sgd"])[0]
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=momentum, fused=True)
+
+
 OPTIMISERS: dict[str, Callable[[Groups, Settings], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adafactor": _adafactor,
     "soap": _soap,
     "shampoo": _shampoo,
     "muon": _muon,
+    "sgd": _sgd,
 }
 BESIDE = ("soap", "shampoo", "muon")
 """The optimisers of hidden matrices alone, beside which AdamW trains the rest."""

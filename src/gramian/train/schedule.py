@@ -4,7 +4,7 @@ import math
 
 from gramian.errors import InputError
 
-SCHEDULES = ("linear", "cosine", "constant")
+SCHEDULES = ("linear", "cosine", "constant", "step")
 
 
 def multiplier(step: int, steps: int, warmup: float, schedule: str) -> float:
@@ -14,6 +14,7 @@ def multiplier(step: int, steps: int, warmup: float, schedule: str) -> float:
         linear                                  m(t) = (S − t)/(S − w)
         cosine                                  m(t) = (1 + cos(π (t − w)/(S − w)))/2
         constant                                m(t) = 1
+        step                                    m(t) = 1, 1/10, 1/100 from t = 0, S/2, 3S/4
 
     Raises: InputError for an unknown schedule, a warm-up outside [0, 1], or a step outside the run.
     Holds: exactly; 0 < m ≤ 1, and m = 1 first at the end of the warm-up.
@@ -29,5 +30,7 @@ def multiplier(step: int, steps: int, warmup: float, schedule: str) -> float:
         return (step + 1) / rising
     if schedule == "constant":
         return 1.0
+    if schedule == "step":
+        return 1.0 if 2 * step < steps else 0.1 if 4 * step < 3 * steps else 0.01
     progress = (step - rising) / (steps - rising)
     return 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2

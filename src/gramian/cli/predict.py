@@ -1,0 +1,24 @@
+"""`gramian predict`: whether a network will train, before it is trained."""
+
+import tyro
+from rich.console import Console
+
+from gramian.tasks import predict as task
+from gramian.tasks.predict_page import check_free, sentences, terminal_table, write_report
+
+
+def predict(config: tyro.conf.OmitArgPrefixes[task.PredictConfig], overwrite: bool = False) -> None:
+    """Follow variances, correlations and gradients through depth: infinite width, and finite networks.
+
+    Args:
+        config: the network, and how to look at it.
+        overwrite: replace the prediction in the output folder.
+    """
+    console = Console()
+    check_free(config.folder, overwrite)
+    prediction = task.predict(config, console)
+    path = write_report(prediction, config, overwrite=overwrite)
+    console.print(terminal_table(prediction))
+    for sentence in sentences(prediction):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {path}", markup=False, soft_wrap=True)
