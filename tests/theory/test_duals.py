@@ -311,3 +311,16 @@ def test_local_maps_equal_reference(path: Path) -> None:
         equal(kernel.values(c * (a * b).sqrt(), a, b) / scale, "c_map_q_pairs")
         with pytest.raises(AssertionError):  # control
             equal(kernel.values(c, one, one * (1 + 1e-6)) / norm, "c_map")
+
+
+@pytest.mark.parametrize("name", ["gelu", "erf"])
+def test_large_variances_keep_to_numbers(name) -> None:
+    """ab − k² rounds to less than −(1 + a + b) at variances like those of deep unscaled residual networks."""
+    for exponent in (20, 60, 68, 100):
+        q = torch.tensor(10.0**exponent, dtype=torch.float64)
+        for share in (1.0, 1 - 1e-16, 1 - 1e-15, 0.999):
+            values, slopes = DUALS[name].both(share * q, q, q * (1 + 1e-15))
+            assert bool(values.isfinite() & slopes.isfinite())
+            if name == "gelu":  # ReLU's from there on
+                relu = torch.stack(DUALS["relu"].both(share * q, q, q))
+                torch.testing.assert_close(torch.stack((values, slopes)), relu, rtol=1e-6, atol=0)

@@ -1,10 +1,10 @@
 import math
 from collections.abc import Iterator
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
-from jaxtyping import config
 from scipy import integrate, optimize
 from torch import Tensor
 
@@ -18,11 +18,12 @@ ROOT2 = math.sqrt(2)
 
 
 @pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Depth without the run-time checks of shapes, which cost more than a layer and are made elsewhere."""
-    config.update("jaxtyping_disable", True)
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Deep networks without run-time checks of shapes, which cost more than a layer; shallow tests keep them."""
+    monkeypatch.setattr(jaxtyping, "jaxtyped", lambda **_: lambda function: function)
+    jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def dense(name: str = "relu", weight_std: float = ROOT2, bias_std: float = 0.0) -> Map:

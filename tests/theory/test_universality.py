@@ -2,10 +2,10 @@ import math
 from collections.abc import Iterator
 from functools import cache
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
-from jaxtyping import config
 from scipy import integrate, special
 from torch import Tensor
 
@@ -28,11 +28,12 @@ BRANCH = Serial(Activation(DUALS["relu"]), Dense(math.sqrt(2)))
 
 
 @pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Depth without the run-time checks of shapes, which cost more than a layer and are made elsewhere."""
-    config.update("jaxtyping_disable", True)
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Deep networks without run-time checks of shapes, which cost more than a layer; shallow tests keep them."""
+    monkeypatch.setattr(jaxtyping, "jaxtyped", lambda **_: lambda function: function)
+    jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def network(rule: str, depth: int) -> Map:

@@ -323,8 +323,11 @@ def _bounded(k: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _determinant(k: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Give ab − k², exactly 0 on the diagonal."""
-    return a * b - k * k
+    """Give ab − k², exactly 0 on the diagonal, and never below 0 by rounding."""
+    determinant = a * b - k * k
+    if needs_grad(determinant):
+        return determinant + (-determinant).detach().clamp_(min=0)
+    return determinant.clamp_(min=0)
 
 
 def _root(x: Tensor) -> Tensor:
