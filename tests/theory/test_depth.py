@@ -32,7 +32,7 @@ ROOT2 = math.sqrt(2)
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Deep networks without run-time checks of shapes, which cost more than a layer; shallow tests keep them."""
+    """Depth without run-time checks of shapes, which cost more than a layer; shallow tests keep them."""
     monkeypatch.setattr(jaxtyping, "jaxtyped", lambda **_: lambda function: function)
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
@@ -239,7 +239,9 @@ def plain(name: str, weight_std: float, bias_std: float, q: float, c: float, lay
     k = c * q
     variances = torch.tensor([q, q], dtype=torch.float64)
     kernel = torch.tensor([[q, k], [k, q]], dtype=torch.float64)
-    return depth.trace([dense(name, weight_std, bias_std)] * layers, Signal(Gram(kernel, variances, variances)))
+    return depth.trace(
+        [dense(name, weight_std, bias_std)] * layers, Signal(Gram(kernel, variances, variances))
+    )
 
 
 @pytest.mark.parametrize(
@@ -305,9 +307,7 @@ def test_closed_forms_of_fixed_points() -> None:
     assert far.variance == pytest.approx(1e6, rel=1e-8)
 
 
-@pytest.mark.parametrize(
-    ("weight_std", "bias_std"), [(ROOT2, 0.1), (2.0, 0.0), (ROOT2, 1e-3), (1.5, 1.0)]
-)
+@pytest.mark.parametrize(("weight_std", "bias_std"), [(ROOT2, 0.1), (2.0, 0.0), (ROOT2, 1e-3), (1.5, 1.0)])
 def test_a_variance_without_bound_has_no_fixed_point(weight_std: float, bias_std: float) -> None:
     with pytest.raises(InputError, match="without bound"):
         depth.fixed_point(DUALS["relu"], weight_std, bias_std)
@@ -341,12 +341,17 @@ def test_edges_where_the_variance_runs_away_are_refused(name: str, bias_std: flo
 
 @pytest.mark.parametrize("name", ["relu", "leaky_relu", "abs", "identity", "softplus"])
 def test_homogeneous_activations_have_no_edge_with_a_bias(name: str) -> None:
-    with pytest.raises(InputError, match="no edge of chaos with bias_std 0.3"):
+    with pytest.raises(InputError, match=r"no edge of chaos with bias_std 0\.3"):
         depth.edge_of_chaos(DUALS[name], 0.3)
 
 
 def test_bad_deviations_are_named() -> None:
-    for weight_std, bias_std, start in ((0.0, 0.0, 1.0), (1.0, -1.0, 1.0), (math.nan, 0.0, 1.0), (1.0, 0.0, 0.0)):
+    for weight_std, bias_std, start in (
+        (0.0, 0.0, 1.0),
+        (1.0, -1.0, 1.0),
+        (math.nan, 0.0, 1.0),
+        (1.0, 0.0, 0.0),
+    ):
         with pytest.raises(InputError, match="weight_std > 0"):
             depth.fixed_point(DUALS["tanh"], weight_std, bias_std, start)
     with pytest.raises(InputError, match="bias_std of at least 0"):

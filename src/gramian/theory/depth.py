@@ -29,7 +29,7 @@ def trace(maps: Sequence[Map], signal: Signal) -> list[Signal]:
     return signals
 
 
-def gradient_profile(maps: Sequence[Map], signal: Signal) -> Float[Tensor, "length"]:
+def gradient_profile(maps: Sequence[Map], signal: Signal) -> Float[Tensor, " length"]:
     """Return the expected squared gradient norm at the input of map 1, …, L and at the output.
 
         G_l = E|Jᵀg|²,  J = ∂y_L/∂y_l,  E|g|² = 1 with g isotropic over features and positions
@@ -44,7 +44,7 @@ def gradient_profile(maps: Sequence[Map], signal: Signal) -> Float[Tensor, "leng
     return log_gradient_profile(maps, signal).exp()
 
 
-def log_gradient_profile(maps: Sequence[Map], signal: Signal) -> Float[Tensor, "length"]:
+def log_gradient_profile(maps: Sequence[Map], signal: Signal) -> Float[Tensor, " length"]:
     """Return the logarithm of `gradient_profile`, which does not overflow with depth.
 
     Every map moves the tangent by Θ' = J Θ + own, so that the second moment of a gradient goes back by the
@@ -71,8 +71,8 @@ def log_gradient_profile(maps: Sequence[Map], signal: Signal) -> Float[Tensor, "
 def _inputs(maps: Sequence[Map], signal: Signal) -> tuple[list[Signal], Signal]:
     """Return what enters every map, and the outcome, scaled down on the way while that changes no slope.
 
-    Duals multiply two variances, which must not overflow. A map that feels the scale, behind a signal that was
-    scaled, makes it NaN.
+    Duals multiply two variances, which must not overflow. A map that feels the scale, behind a signal that
+    was scaled, makes it NaN.
     """
     befores, scaled = [], False
     large = torch.finfo(signal.activation.cross.dtype).max ** (1 / 3)
@@ -223,7 +223,9 @@ def edge_of_chaos(dual: Dual, bias_std: float = 0.0) -> float:
         low = candidates[beyond[0] - 1].item() if beyond[0] else bias
         q = _bisect(lambda q: -_number(excess, q), low, candidates[beyond[0]].item())
     if not attracting(q):
-        raise InputError(f"with bias_std {bias_std:g} the variance is not stable at this activation's edge of chaos")
+        raise InputError(
+            f"with bias_std {bias_std:g} the variance is not stable at this activation's edge of chaos"
+        )
     return 1 / math.sqrt(_number(dual.gain, q))
 
 

@@ -35,7 +35,7 @@ class Rule:
     nested: bool
 
 
-def uniform(depth: int) -> Float[Tensor, "depth"]:
+def uniform(depth: int) -> Float[Tensor, " depth"]:
     """Return the gains λ = 1/√L of L blocks.
 
     Shapes: (L,), float64.
@@ -46,7 +46,7 @@ def uniform(depth: int) -> Float[Tensor, "depth"]:
     return torch.full((depth,), uniform_gain(depth), dtype=torch.float64)
 
 
-def decreasing(depth: int) -> Float[Tensor, "depth"]:
+def decreasing(depth: int) -> Float[Tensor, " depth"]:
     """Return the gains λ_l = 1/(√l · ln(l + 1)) of L blocks.
 
     Shapes: (L,), float64.
@@ -111,7 +111,7 @@ UNSCALED = power(0.0)
 RULES = {"none": UNSCALED, "uniform": UNIFORM, "decreasing": DECREASING}
 
 
-def partial_times(gains: Gains) -> Float[Tensor, "length"]:
+def partial_times(gains: Gains) -> Float[Tensor, " length"]:
     """Return the time that a residual network has lasted before block 1, 2, … and after the last one.
 
         τ_l = Σ_{k≤l} λ_k²,  l = 0, …, L
@@ -122,7 +122,7 @@ def partial_times(gains: Gains) -> Float[Tensor, "length"]:
     return _accumulated(_squares(gains))
 
 
-def log_growth(gains: Gains, slope: float) -> Float[Tensor, "length"]:
+def log_growth(gains: Gains, slope: float) -> Float[Tensor, " length"]:
     """Return the logarithm of the growth of second moments through a residual network.
 
         ln(q_l / q_0) = Σ_{k≤l} ln(1 + λ_k² s),  l = 0, …, L
@@ -184,7 +184,9 @@ def infinite_depth(
     Source: Hayou et al. 2021, arXiv 2010.12859.
     """
     if rule.time == math.inf:
-        raise InputError("the squared gains of this rule have no finite sum, so the kernel grows without limit")
+        raise InputError(
+            "the squared gains of this rule have no finite sum, so the kernel grows without limit"
+        )
     if not rule.nested:
         return flow(branch, signal, rule.time, tolerance)
     gains = rule.gains(layers)
@@ -206,7 +208,9 @@ def rescaled(branch: Map, gains: Gains, signal: Signal) -> tuple[Signal, float]:
     """
     signal, scale = _unit(signal)
     if not homogeneous(branch, signal):
-        raise InputError("only branches without bias and with activations like ReLU can be rescaled on the way")
+        raise InputError(
+            "only branches without bias and with activations like ReLU can be rescaled on the way"
+        )
     for gain in torch.as_tensor(gains, dtype=torch.float64).tolist():
         signal, step = _unit(Residual(branch, gain)(signal))
         scale += step

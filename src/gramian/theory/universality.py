@@ -16,10 +16,10 @@ from gramian.theory.maps import Map, Signal
 
 ZonalKernel = Callable[[Tensor], Tensor]
 """A kernel on the sphere as a function of the cosine of its two arguments, elementwise on a vector."""
-COLLAPSED = 0.95
-"""A kernel that has this share of its weight in the constant is called collapsed."""
+COLLAPSED = 0.05
+"""A kernel with no more than this share of its weight in degrees 1 to K is called collapsed."""
 VANISHING = 1e-9
-"""A coefficient below this share of the kernel's weight counts as 0; quadrature leaves about 1e-14."""
+"""A coefficient below this share of the computed weight counts as 0; quadrature leaves about 1e-14."""
 
 
 def zonal(network: Map, variance: float = 1.0, *, tangent: bool = False) -> ZonalKernel:
@@ -32,20 +32,20 @@ def zonal(network: Map, variance: float = 1.0, *, tangent: bool = False) -> Zona
     Holds: as width → ∞, error O(width^-1/2).
     """
 
-    def kernel(cosines: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
+    def kernel(cosines: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
         cosines = torch.cat([cosines, cosines.new_ones(1)])
         cross = variance * cosines[None]
         right = torch.full_like(cosines, variance)
         out = network(Signal(Gram(cross, right[:1], right), torch.zeros_like(cross) if tangent else None))
-        values = (out.tangent if tangent else out.activation.cross)[0]
-        return values[:-1] / values[-1]
+        values = out.activation.cross if out.tangent is None else out.tangent
+        return values[0, :-1] / values[0, -1]
 
     return kernel
 
 
 def coefficients(
     kernel: ZonalKernel, degree: int, dimension: int = 3, order: int = 512
-) -> Float[Tensor, "length"]:
+) -> Float[Tensor, " length"]:
     """Expand a zonal kernel on the sphere S^{d−1} in Gegenbauer polynomials, which are Legendre's for d = 3.
 
         κ(c) = Σ_k a_k P_k(c),  P_k(1) = 1,   a_k = ∫ κ P_k w dc / ∫ P_k² w dc,  w = (1 − c²)^{(d−3)/2}
@@ -73,37 +73,38 @@ def coefficients(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the coefficients of a zonal kernel say about the functions that it can express.
+    """What the coefficients a_0, …, a_K of a zonal kernel say about the functions that it can express.
 
-    `kind` is "collapsed" (nearly all weight in the constant), "not universal" (coefficients of the degrees
-    `vanishing` are 0) or "universal" as far as the degrees were computed. `constant` is the share of a_0
-    among the coefficients; `captured` is their sum, out of κ(1) = 1: what is missing sits in higher degrees,
-    as it does for a constant plus a nugget, a kernel that only tells equal inputs from different ones.
+        1 = κ(1) = constant + varied + nugget,   constant = a_0,   varied = Σ_{1≤k≤K} a_k
+
+    `nugget` sits in the degrees above K; a kernel that only tells equal inputs from different ones has
+    nearly all of its weight in constant and nugget. `kind` is "collapsed" when `varied` is next to nothing,
+    "not universal" when the coefficients of the degrees `vanishing` are 0, and "universal" as far as K.
     """
 
     kind: Literal["collapsed", "not universal", "universal"]
     constant: float
-    captured: float
+    varied: float
+    nugget: float
     vanishing: tuple[int, ...]
 
 
-def verdict(coefficients: Float[Tensor, "length"]) -> Verdict:
-    """Judge a normalised zonal kernel, κ(1) = 1, by its coefficients of degree 0, 1, …
+def verdict(coefficients: Float[Tensor, " length"]) -> Verdict:
+    """Judge a normalised zonal kernel, κ(1) = 1, by its coefficients of low degree, from 0 to 6 or so.
 
-    Collapse is judged by the constant's share among the coefficients given, not by the smallest eigenvalue
-    on a sample: that one grows while a kernel turns into a constant plus a nugget.
+    The smallest eigenvalue on a sample would not do: it rises while a kernel turns into a constant plus a
+    nugget, as the tangent kernel of an unscaled residual network does.
 
     Raises: InputError for coefficients that are not finite or have no positive sum.
     Holds: exactly for what is given, with the thresholds `COLLAPSED` and `VANISHING`.
     """
-    captured = coefficients.sum().item()
-    if not (coefficients.isfinite().all() and captured > 0):
+    total = coefficients.sum().item()
+    if not (coefficients.isfinite().all() and total > 0):
         raise InputError("the coefficients of a kernel must be finite with a positive sum")
-    constant = coefficients[0].item() / captured
-    vanishing = tuple((coefficients <= VANISHING * captured).nonzero().flatten().tolist())
-    if constant >= COLLAPSED:
-        return Verdict("collapsed", constant, captured, vanishing)
-    return Verdict("not universal" if vanishing else "universal", constant, captured, vanishing)
+    constant, varied = coefficients[0].item(), coefficients[1:].sum().item()
+    vanishing = tuple((coefficients <= VANISHING * total).nonzero().flatten().tolist())
+    kind = "not universal" if vanishing else "universal"
+    return Verdict("collapsed" if varied <= COLLAPSED else kind, constant, varied, 1 - total, vanishing)
 
 
 def normalised(kernel: Float[Tensor, "*batch n n"]) -> Gram:
