@@ -25,6 +25,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/shaped_attention.py
 	$(BIN)/python benchmarks/block_speed.py
 	$(BIN)/python benchmarks/int8_speed.py
+	$(BIN)/python benchmarks/kernels.py
 
 # The report's browser test runs when Chromium is there (Debian: as root).
 browser:

@@ -87,6 +87,7 @@ def test_settings() -> None:
     config = quick()
     by_name = {trial.name: trial for trial in config.trials}
     assert config.job.shape.depth == 36
+    assert by_name["e_spa_near"].shape["decay"] == 0.2
     assert by_name["e_spa_5x"].training["steps"] == FACTOR * config.job.training.steps
     assert not by_name["e_spa"].shape["final_norm"]
     assert "final_norm" not in by_name["pre_norm"].shape

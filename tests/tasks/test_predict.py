@@ -62,6 +62,7 @@ def test_small_weights_make_signals_vanish() -> None:
         {"name": "residual", "gains": "decreasing", "norm": "rmsnorm"},
         {"name": "residual", "gains": "uniform", "norm": "batchnorm"},
         {"name": "residual_convolution", "gains": "uniform", "width": 96, "networks": 4},
+        {"name": "residual_convolution", "norm": "batchnorm", "depth": 3, "width": 64, "networks": 3},
         {"name": "pre_norm", "depth": 4, "tokens": 12},
         {"name": "sas_p", "depth": 4, "tokens": 12},
         {"name": "e_spa", "depth": 4, "tokens": 12},

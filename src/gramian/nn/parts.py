@@ -21,8 +21,8 @@ class Parts:
 
     `layer` counts from 0 to `depth` − 1; `mlp_width` is the hidden width of the MLP; `key_heads` heads of
     keys and values are shared by groups of query heads; `mlp_gain` is the β_FF of the simplified blocks at
-    18 layers; `context` is the length of a training sequence; `rotary` makes what rotates queries and keys
-    of heads of a given width by their position, if anything does.
+    18 layers; `context` is the length of a training sequence; `decay` is the γ_L of E-SPA; `rotary` makes
+    what rotates queries and keys of heads of a given width by their position, if anything does.
     """
 
     width: int
@@ -38,6 +38,7 @@ class Parts:
     mlp_gain: float = 0.1
     context: int = 512
     rotary: Callable[[int], nn.Module] | None = None
+    decay: float = 0.005
 
 
 Block = Callable[[Parts], nn.Module]

@@ -139,7 +139,7 @@ def input_norm(parts: Parts) -> nn.Module:
 
 def decaying(parts: Parts) -> PrescribedMixing:
     """Return E-SPA's mixing of one layer."""
-    rates = decay_rates(parts.depth)
+    rates = decay_rates(parts.depth, parts.decay)
     kind = CausalExponential if parts.causal else Exponential
     return PrescribedMixing(kind(rates[parts.layer + 1], rates[parts.layer]), parts.causal)
 

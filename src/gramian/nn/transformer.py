@@ -53,6 +53,8 @@ class Shape:
     """Whether half of an MLP's hidden features gate the other half."""
     mlp_gain: float = 0.1
     """β_FF that the simplified blocks start with at 18 layers, carried to other depths by 1/√L."""
+    decay: float = 0.005
+    """γ_L of E-SPA, whose tokens' correlations end as e^(−γ_L distance); a larger one keeps tokens apart."""
     embedding_projection: bool = False
     """Whether square maps that start orthogonal stand after the token embedding and before the head."""
 
@@ -89,6 +91,8 @@ class TransformerConfig(Shape):
             raise InputError(f"unknown positions {self.positions!r}; choose learned, sinusoidal or rotary")
         if self.positions == "sinusoidal" and self.width % 2:
             raise InputError(f"sinusoidal positions need an even width, got {self.width}")
+        if not 0 < self.decay < math.inf:
+            raise InputError(f"decay must be positive and finite, got {self.decay:g}")
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise InputError(f"rotary positions need heads of an even width, got {self.width // self.heads}")
 
@@ -113,6 +117,7 @@ class TransformerConfig(Shape):
             mlp_gain=self.mlp_gain,
             context=self.context,
             rotary=Rotary if self.positions == "rotary" else None,
+            decay=self.decay,
         )
 
 

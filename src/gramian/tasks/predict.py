@@ -27,8 +27,8 @@ from gramian.theory.twins import limit
 CHANNELS, SIDE = 3, 8
 """Channels and side of the random images that convolutions read."""
 
-BATCH = 128
-"""Inputs of a network with batch norm: random ones beside those that are followed."""
+BATCH, IMAGES = 128, 12
+"""Inputs, and images, of a network with batch norm: random ones beside those that are followed."""
 
 NARROW = 8
 """Width of a network that only its limit is wanted of."""
@@ -102,7 +102,7 @@ def predict(config: PredictConfig, console: Console | None = None) -> Prediction
     console = console or Console(quiet=True)
     x, pairs = _inputs(config)
     with console.status("computing the limit"):
-        theory = theoretical(*_limit(config.architecture, x), pairs)
+        theory = theoretical(*_limit(config.architecture, x), pairs, len(x))
         verdict = judge(theory, config.first)
         advice = _advice(config.architecture, x, pairs, verdict)
     seeds = range(config.seed, config.seed + config.networks)
@@ -219,7 +219,8 @@ def _limit(architecture: Architecture, x: Tensor) -> tuple[list[Map], Signal]:
     narrow = Architecture(**{**vars(architecture), "width": NARROW})
     finite = network(narrow, x.shape[1], seed=0)
     assert finite.entrance is not None
-    start = signal(x) if x.ndim == 2 else signal(x.movedim(1, -1), positions="same")
+    layout = "all" if architecture.norm == "batchnorm" else "same"
+    start = signal(x) if x.ndim == 2 else signal(x.movedim(1, -1), positions=layout)
     return [limit(layer, spreads) for layer in finite.layers], limit(finite.entrance, spreads)(start)
 
 
@@ -228,7 +229,7 @@ def _advice(architecture: Architecture, x: Tensor, pairs: Pairs, verdict: Verdic
     tried = False
     for words, changed in remedies(architecture, verdict):
         tried = True
-        after = judge(theoretical(*_limit(changed, x), pairs), changed.first)
+        after = judge(theoretical(*_limit(changed, x), pairs, len(x)), changed.first)
         if after.kind == "fine":
             return f"To change: {words}. {after.sentence}"
     return "None of the changes known here helps at this depth; fewer layers do." if tried else ""
@@ -249,9 +250,10 @@ def _inputs(config: PredictConfig) -> tuple[Tensor, Pairs]:
         pairs = {name: (0, index + 1) for index, name in enumerate(names)}
         if config.gram is not None:
             pairs = {"mean of all pairs": None}
-    if config.norm == "batchnorm" and len(x) < BATCH:
+    batch = IMAGES if "convolution" in config.name else BATCH
+    if config.norm == "batchnorm" and len(x) < batch:
         generator = torch.Generator().manual_seed(config.seed)
-        others = torch.randn(BATCH - len(x), x.shape[1], generator=generator, dtype=x.dtype)
+        others = torch.randn(batch - len(x), x.shape[1], generator=generator, dtype=x.dtype)
         x = torch.cat((x, others * x.square().mean().sqrt()))
     return (x.unflatten(1, (CHANNELS, SIDE, SIDE)) if "convolution" in config.name else x), pairs
 
