@@ -25,8 +25,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.core.maximal import Local, Maximal, bisect, check_above
-from gramian.core.maximal import plain as plain
-from gramian.core.maximal import residual as residual
 from gramian.errors import InputError
 
 Function = Callable[[Tensor], Tensor]

@@ -8,7 +8,7 @@ correlation, Σ_0 = ½ I + ½ (2/d) Σ_i cos((s − t) ω_i), so that correlatio
 
 from torch import Tensor, nn
 
-from gramian.core.shaping import Maximal, plain, residual
+from gramian.core.maximal import Maximal, plain, residual
 from gramian.nn.attention import Attention
 from gramian.nn.init import ScaledOrthogonal, ZeroLinear
 from gramian.nn.mixing import ShapedMixing, SoftmaxMixing

@@ -8,7 +8,7 @@ tangent, tangent_out = J(tangent_in) + own, where `own` counts the parameters of
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import ClassVar
 
 import torch
@@ -310,14 +310,7 @@ def combined(*parts: tuple[float, Signal]) -> Signal:
     shapes = {(part.space, tuple(part.activation.cross.shape)) for part in signals}
     if len(shapes) > 1:
         raise InputError(f"signals to be added must have the same positions, got {sorted(shapes)}")
-    squares = [factor**2 for factor, _ in parts]
-
-    def weighted(tensors: Sequence[Tensor]) -> Tensor:
-        total = tensors[0] if squares[0] == 1 else squares[0] * tensors[0]
-        for square, tensor in zip(squares[1:], tensors[1:], strict=True):
-            total = torch.add(total, tensor, alpha=square)
-        return total
-
+    weighted = partial(_weighted, [factor**2 for factor, _ in parts])
     cross = weighted([part.activation.cross for part in signals])
     if all(part.symmetric for part in signals):
         left = right = cross.diagonal(dim1=-2, dim2=-1).contiguous()
@@ -332,3 +325,10 @@ def combined(*parts: tuple[float, Signal]) -> Signal:
         x, y = (weighted(blocks) for blocks in zip(*inner, strict=True))
         within = (x, y)
     return Signal(Gram(cross, left, right), tangent, first.space, within)
+
+
+def _weighted(squares: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0] if squares[0] == 1 else squares[0] * tensors[0]
+    for square, tensor in zip(squares[1:], tensors[1:], strict=True):
+        total = torch.add(total, tensor, alpha=square)
+    return total
