@@ -65,6 +65,7 @@ class GramianConfig(PreTrainedConfig):
     key_heads: int | None = None
     gated: bool = False
     mlp_gain: float = 0.1
+    decay: float = 0.005
     embedding_projection: bool = False
     use_cache: bool = True
     bos_token_id: int | None = 0

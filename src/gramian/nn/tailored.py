@@ -92,13 +92,12 @@ def tailored(activation: Activation, depth: int, network: Network = plain) -> nn
     Holds: as width → ∞, error O(width^-1/2).
     Source: Zhang, Botev, Martens 2022, arXiv 2203.08120.
     """
-    module, maximal = activation(), network(depth)
+    module = activation()
     if isinstance(module, nn.Identity):
         return module
     if isinstance(module, (nn.ReLU, nn.LeakyReLU)):
-        reached = maximal(leaky_relu_map(0.0), 0.0) >= ETA
-        return TailoredLeakyReLU(tat_leaky_relu(ETA, maximal) if reached else 0.0)
-    return Tailored(module, _tat(activation, local_curvature(TAU, maximal)))
+        return TailoredLeakyReLU(_negative_slope(depth, network))
+    return Tailored(module, _tat(activation, depth, network))
 
 
 def deep_kernel_shaped(activation: Activation, depth: int, network: Network = plain) -> nn.Module:
@@ -113,7 +112,7 @@ def deep_kernel_shaped(activation: Activation, depth: int, network: Network = pl
     Holds: as width → ∞, error O(width^-1/2).
     Source: Martens et al. 2021, arXiv 2110.01765.
     """
-    module, slope = activation(), local_slope(ZETA, network(depth))
+    module, slope = activation(), _slope(depth, network)
     if isinstance(module, nn.ReLU):
         return Tailored(module, dks_relu(slope))
     if isinstance(module, nn.LeakyReLU):
@@ -122,9 +121,23 @@ def deep_kernel_shaped(activation: Activation, depth: int, network: Network = pl
     return Tailored(module, _dks(activation, slope))
 
 
+# Every layer of a network asks for the same constants, whose solution takes time that grows with the depth.
+
+
 @lru_cache(maxsize=256)
-def _tat(activation: Activation, curvature: float) -> Shaping:
-    return tat(_in_float64(activation), curvature)
+def _negative_slope(depth: int, network: Network) -> float:
+    maximal = network(depth)
+    return tat_leaky_relu(ETA, maximal) if maximal(leaky_relu_map(0.0), 0.0) >= ETA else 0.0
+
+
+@lru_cache(maxsize=256)
+def _tat(activation: Activation, depth: int, network: Network) -> Shaping:
+    return tat(_in_float64(activation), local_curvature(TAU, network(depth)))
+
+
+@lru_cache(maxsize=256)
+def _slope(depth: int, network: Network) -> float:
+    return local_slope(ZETA, network(depth))
 
 
 @lru_cache(maxsize=256)

@@ -291,7 +291,8 @@ def _array(path: Path) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a .npy array: {error}") from error
+        what = "there is no such file" if isinstance(error, FileNotFoundError) else "it is no .npy of numbers"
+        raise InputError(f"{path} cannot be read: {what}") from error
     if (
         not isinstance(array, np.ndarray)
         or array.ndim != 2
