@@ -65,7 +65,7 @@ def test_what_cannot_be_tried_is_said_before_anything_is_trained(job, tmp_path) 
     corpus = load_corpus(job.data.text, vocabulary=300)
     for trials, words in (
         ((TRIALS[0], TRIALS[0]), "a name of its own"),
-        ((TRIALS[0], Trial("bad", "pre_norm", {"optimiser": "sgd"})), "unknown optimiser"),
+        ((TRIALS[0], Trial("bad", "pre_norm", {"optimiser": "adagrad"})), "unknown optimiser"),
     ):
         with pytest.raises(InputError, match=words):
             run_trials(job, trials, (0,), corpus, tmp_path / "study", QUIET)

@@ -240,7 +240,7 @@ def test_bad_settings_are_named() -> None:
         ({"clip": 0.0}, "clip"),
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
-        ({"schedule": "step"}, "unknown schedule"),
+        ({"schedule": "staircase"}, "unknown schedule"),
         ({"warmup": 2.0}, "warm-up"),
     ):
         with pytest.raises(InputError, match=words):
