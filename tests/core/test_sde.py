@@ -62,7 +62,9 @@ PATH = Brownian(seed=0, shape=(PATHS,), end=1.0, steps=4)
 LEVELS = (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize(("scheme", "stratonovich", "order"), [(euler_maruyama, False, 0.5), (heun, True, 1.0)])
+@pytest.mark.parametrize(
+    ("scheme", "stratonovich", "order"), [(euler_maruyama, False, 0.5), (heun, True, 1.0)]
+)
 def test_strong_order_on_geometric_brownian_motion(scheme, stratonovich, order) -> None:
     """The exact solution on the same path is the oracle; the wrong calculus does not converge to it."""
     paths = [PATH.refined(level) for level in LEVELS]
@@ -82,7 +84,11 @@ def test_weak_order_one_of_moments(scheme, mu, power) -> None:
         reference = exact(path, stratonovich=False)
         assert (reference**power).mean().item() == pytest.approx(moment, rel=0.04)
         errors.append(abs((at_the_end(scheme, path, mu) ** power - reference**power).mean().item()))
-    assert 0.75 < slope([0.25 / 2**level for level in LEVELS], errors) < (1.3 if scheme is euler_maruyama else 2.6)
+    assert (
+        0.75
+        < slope([0.25 / 2**level for level in LEVELS], errors)
+        < (1.3 if scheme is euler_maruyama else 2.6)
+    )
 
 
 def decay_to_below(h_floor: float = 1.0):

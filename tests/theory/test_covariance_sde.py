@@ -1,4 +1,4 @@
-"""The covariance SDE: golden values, an entrywise oracle, laws, its semidefinite step, moments in closed form."""
+"""The covariance SDE: golden values, an entrywise oracle, laws, its semidefinite step, exact moments."""
 
 import math
 from dataclasses import replace

@@ -192,7 +192,9 @@ def integrate(
             frozen = _where(leaving, x, frozen)
             stopped = torch.where(leaving, time, stopped)
             exploded, indefinite = exploded | (leaving & too_large), indefinite | (leaving & ~too_large)
-        x = y if bool(stopped.isinf().all()) else _where(stopped.isinf(), y, start)  # stopped ones stay harmless
+        x = (
+            y if bool(stopped.isinf().all()) else _where(stopped.isinf(), y, start)
+        )  # stopped ones stay harmless
     if any(each > time * (1 + 1e-9) for each in wanted):
         raise InputError(f"times to record lie within the path, which ends at {time:g}, got {wanted[-1]:g}")
     for _ in wanted or ([] if records else [time]):

@@ -84,9 +84,7 @@ class ShapedNetworks:
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.key_width < 1:
-            raise InputError(
-                f"width and key_width must be at least 1, got {self.width} and {self.key_width}"
-            )
+            raise InputError(f"width and key_width must be at least 1, got {self.width} and {self.key_width}")
         if not 0 < self.tau0 < math.inf:
             raise InputError(f"tau0 must be positive and finite, got {self.tau0:g}")
         normalised_skip(self.gamma)
@@ -110,14 +108,11 @@ class ShapedNetworks:
     def transformed(self, v: Covariances, generator: torch.Generator) -> Covariances:
         """Return covariances after an MLP branch and its skip."""
         root, (up, down) = square_root(v), shaped_slopes(self.width, self.positive, self.negative)
-        normal = torch.randn(
-            (*v.shape[:2], self.width), generator=generator, dtype=v.dtype, device=v.device
-        )
-        hidden = torch.nn.functional.leaky_relu(root @ normal, down / up) if up else None
-        hidden = (root @ normal).clamp(max=0) if hidden is None else hidden
-        size = up if up else down
-        ratio = 2 * size**2 / (up**2 + down**2)
-        return self._added(root, square_root(hidden @ hidden.mT * (ratio / self.width)), generator)
+        normal = torch.randn((*v.shape[:2], self.width), generator=generator, dtype=v.dtype, device=v.device)
+        hidden = root @ normal
+        shaped = hidden.clamp(max=0).mul_(down - up).add_(hidden, alpha=up)
+        scale = 2 / (up**2 + down**2) / self.width
+        return self._added(root, square_root(scale * shaped @ shaped.mT), generator)
 
     def _added(self, root: Tensor, branch: Tensor, generator: torch.Generator) -> Covariances:
         """Return the covariance of λ X + γ B N for X with the root L, a root B, and N of m × width.
@@ -191,5 +186,7 @@ def wishart_factor(
     if freedom < m:
         return normal
     degrees = (freedom - torch.arange(m, dtype=like.dtype, device=like.device)) / 2
-    chi = (2 * torch._standard_gamma(degrees.expand(count, m).contiguous(), generator=generator)).sqrt()
+    # that of torch.distributions takes no generator
+    gamma = torch._standard_gamma  # pyright: ignore[reportPrivateImportUsage]
+    chi = (2 * gamma(degrees.expand(count, m).contiguous(), generator=generator)).sqrt()
     return normal.tril(-1) + torch.diag_embed(chi)

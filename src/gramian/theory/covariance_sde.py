@@ -82,7 +82,7 @@ class ShapedAttention(Branch):
     C is uniform over all tokens, or, when causal, over those up to the query. τ = τ₀ √(n n_k).
 
     Raises: InputError unless 0 ≤ γ ≤ 1 and τ₀ > 0.
-    Holds: as width → ∞ at a fixed depth/width, locally in time; error of a step O(width^-1/2).
+    Holds: as width → ∞ at a fixed depth/width, locally in time; a step's drift is off by O(width^-1).
     Source: Noci et al. 2023, arXiv 2306.17759; the matrix form and the causal one are our algebra.
     """
 
@@ -136,7 +136,7 @@ class ShapedAttention(Branch):
     def step(self, v: Covariance, h: float, noise: Noise) -> Covariance:
         """Return V after a time h by a scheme of weak order 1 that keeps V positive semidefinite.
 
-            V' = T L G Gᵀ Lᵀ Tᵀ + h (γ²(1 − γ²)/τ₀²) F,   T = I + (γ²/τ₀) dA + h (γ²/2τ₀²) P
+        V' = T L G Gᵀ Lᵀ Tᵀ + h (γ²(1 − γ²)/τ₀²) F,   T = I + (γ²/τ₀) dA + h (γ²/2τ₀²) P
         """
         square, root = self.gamma**2, square_root(v)
         values, logits = noise.unbind(-3)
@@ -155,7 +155,7 @@ class ShapedMLP(Branch):
         noise: √2 γ L H Lᵀ
 
     Raises: InputError unless 0 ≤ γ ≤ 1.
-    Holds: as width → ∞ at a fixed depth/width; error of a step O(width^-1/2).
+    Holds: as width → ∞ at a fixed depth/width; a step's drift is off by O(width^-1/2).
     Source: Noci et al. 2023, arXiv 2306.17759; Li, Nica, Roy 2022, arXiv 2206.02768.
     """
 
@@ -285,7 +285,7 @@ def simulate(
     bound: float = 1e4,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Paths:
-    """Follow paths of the covariance from V₀ to a time, depth/width, with the steps that keep it semidefinite.
+    """Follow paths of the covariance from V₀ to a time, depth/width, by steps that keep it semidefinite.
 
     A path whose largest entry passes `bound` stops there. `progress` is told how many paths are done.
 
