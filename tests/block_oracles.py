@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gramian.nn.init import Reparametrised
 from gramian.nn.mixing import ClippedSoftmaxMixing, ShapedMixing, SinkMixing, SoftCapMixing
 from gramian.nn.prescribed import CausalExponential, CausalUniform, Exponential, PrescribedMixing
+from gramian.nn.shaped import CentredMixing
 from gramian.nn.skipless import Modulated
 from gramian.nn.tailored import TailoredLeakyReLU
 
@@ -61,13 +62,15 @@ def prescribed(prescription: Any, tokens: int) -> Tensor:
     return one @ torch.linalg.inv(other)
 
 
-def mixing_matrix(mixing: Any, head: int, q: Tensor, k: Tensor) -> Tensor:
+def mixing_matrix(mixing: Any, head: int, q: Tensor, k: Tensor, width: int) -> Tensor:
     """Return what multiplies the values of one head: (tokens, tokens)."""
     tokens = len(q)
     matrix = torch.zeros(tokens, tokens, dtype=q.dtype)
     for i in range(tokens):
         seen = range(i + 1 if mixing.causal else tokens)
         logits = torch.stack([q[i] @ k[j] / q.shape[1] ** 0.5 for j in seen])
+        if isinstance(mixing, CentredMixing):
+            logits = logits / (mixing.temperature * width**0.5)
         if isinstance(mixing, SoftCapMixing):
             logits = mixing.cap * torch.tanh(logits / mixing.cap)
         total = logits.exp().sum()
@@ -82,6 +85,8 @@ def mixing_matrix(mixing: Any, head: int, q: Tensor, k: Tensor) -> Tensor:
             weights = torch.stack([clipped(weight, mixing.offset) for weight in weights])
         for j in seen:
             matrix[i, j] = weights[j]
+            if isinstance(mixing, CentredMixing):
+                matrix[i, j] += (i == j) - 1 / len(seen)
     if isinstance(mixing, ShapedMixing):
         uniform = torch.ones(tokens, tokens, dtype=q.dtype)
         uniform = uniform.tril() if mixing.causal else uniform
@@ -104,7 +109,7 @@ def attention(module: Any, x: Tensor) -> Tensor:
         query = norm(module.query_norm, q[:, head * size : (head + 1) * size])
         key = norm(module.key_norm, k[:, key_head * size : (key_head + 1) * size])
         value = v[:, value_head * size : (value_head + 1) * size]
-        mixed = mixing_matrix(module.mixing, head, query, key) @ value
+        mixed = mixing_matrix(module.mixing, head, query, key, width) @ value
         if module.gate is not None:  # one gate a head
             logit = x @ module.gate.weight[head] + module.gate.bias[head]
             mixed = mixed / (1 + torch.exp(-logit))[:, None]
@@ -133,22 +138,22 @@ def orthogonal_mlp(module: Any, x: Tensor) -> Tensor:
 
 
 def norm_free(name: str, module: Any, x: Tensor) -> Tensor:
-    """A block of `gramian.nn.skipless`, its skips where its name says."""
+    """A block of `gramian.nn.skipless` or `gramian.nn.shaped`, its skips where its name says."""
     before, attend, feed = module
-    x, kept = norm(before, x), 0.98
+    x, kept = norm(before, x), 0.99**0.5 if name == "shaped" else 0.98  # γ = 0.1
     new = (1 - kept**2) ** 0.5
-    if name in ("e_spa_attention_skip", "e_spa_skips"):
+    if name in ("e_spa_attention_skip", "e_spa_skips", "shaped"):
         x = kept * x + new * attention(attend.branch, x)
     else:
         x = attention(attend, x)
-    if name in ("e_spa_mlp_skip", "e_spa_skips"):
+    if name in ("e_spa_mlp_skip", "e_spa_skips", "shaped"):
         return kept * x + new * orthogonal_mlp(feed.branch, x)
     return orthogonal_mlp(feed, x)
 
 
 def block(name: str, module: Any, x: Tensor) -> Tensor:
     """One sequence through a block, from the equation of its docstring and the parts' places in it."""
-    if name in ("v_skipinit", "u_spa") or name.startswith("e_spa"):
+    if name in ("v_skipinit", "u_spa", "shaped") or name.startswith("e_spa"):
         return norm_free(name, module, x)
     if name == "sas":
         before, attend, feed = module

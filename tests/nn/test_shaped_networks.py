@@ -9,10 +9,10 @@ from torch import Tensor
 
 from gramian.core.sde import square_root
 from gramian.errors import InputError
+from gramian.nn.shaped import shaped_slopes
 from gramian.nn.shaped_networks import (
     ShapedNetworks,
     shaped_attention,
-    shaped_slopes,
     softmax_attention,
     uncentred_attention,
     wishart_factor,
@@ -213,8 +213,8 @@ def test_what_cannot_be_sampled_is_named() -> None:
         ({"key_width": 0}, "key_width"),
         ({"gamma": 1.5}, "gain"),
         ({"tau0": 0.0}, "tau0"),
-        ({"negative": math.inf}, "slopes"),
-        ({"width": 4, "positive": -2.0}, "slopes"),
+        ({"negative": math.inf}, "finite"),
+        ({"width": 4, "positive": -2.0}, "slope"),
     ):
         with pytest.raises(InputError, match=words):
             replace(SMALL, **change)

@@ -210,7 +210,7 @@ for name in names:
 @pytest.mark.parametrize(
     ("backend", "names"),
     [
-        pytest.param("eager", ["pre_norm", "sas", "sas_p", "u_spa", "e_spa"], id="traced"),
+        pytest.param("eager", ["pre_norm", "sas", "sas_p", "u_spa", "e_spa", "shaped"], id="traced"),
         pytest.param("inductor", list(BLOCKS), id="compiled", marks=pytest.mark.slow),
     ],
 )

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from gramian import __version__
 from gramian.cli.compare import compare
+from gramian.cli.covariance import predict_covariance
 from gramian.cli.evaluate import evaluate
 from gramian.cli.generate import generate
 from gramian.cli.list import list_names
@@ -49,13 +50,7 @@ def run(arguments: list[str]) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     quieten()  # transformers imports torchao, which logs the kernels that it goes without
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="gramian",
-            description="Predict, train, compare and observe deep networks through their Gram matrices.",
-            args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        )
+        _call(arguments)
     except StoppedError as error:
         errors.print(f"gramian: {error}", style="yellow", markup=False)
         return 130
@@ -73,3 +68,19 @@ def run(arguments: list[str]) -> int:
         errors.print(f"gramian: {what}{error.strerror or error}", style="red", markup=False)
         return 1
     return 0
+
+
+def _call(arguments: list[str]) -> None:
+    """Parse the arguments and call their command; `predict --sde` has settings of its own."""
+    settings = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    if arguments[:1] == ["predict"] and "--sde" in arguments:
+        rest = [each for each in arguments[1:] if each != "--sde"]
+        tyro.cli(predict_covariance, prog="gramian predict --sde", args=rest, config=settings)
+        return
+    tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="gramian",
+        description="Predict, train, compare and observe deep networks through their Gram matrices.",
+        args=arguments,
+        config=settings,
+    )

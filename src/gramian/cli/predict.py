@@ -7,13 +7,18 @@ from gramian.tasks import predict as task
 from gramian.tasks.predict_page import check_free, sentences, terminal_table, write_report
 
 
-def predict(config: tyro.conf.OmitArgPrefixes[task.PredictConfig], overwrite: bool = False) -> None:
+def predict(
+    config: tyro.conf.OmitArgPrefixes[task.PredictConfig], overwrite: bool = False, sde: bool = False
+) -> None:
     """Follow variances, correlations and gradients through depth: infinite width, and finite networks.
 
     Args:
         config: the network, and how to look at it.
         overwrite: replace the prediction in the output folder.
+        sde: follow the covariance of tokens in a shaped transformer by its SDE instead;
+            `gramian predict --sde --help` shows the settings of that.
     """
+    assert not sde, "read before: it is a command of its own"
     console = Console()
     check_free(config.folder, overwrite)
     prediction = task.predict(config, console)

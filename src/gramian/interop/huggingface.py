@@ -66,6 +66,8 @@ class GramianConfig(PreTrainedConfig):
     gated: bool = False
     mlp_gain: float = 0.1
     decay: float = 0.005
+    branch_gain: float = 0.1
+    attention_temperature: float = 1.0
     embedding_projection: bool = False
     use_cache: bool = True
     bos_token_id: int | None = 0
@@ -387,8 +389,7 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
             return features[:, -1] if self.config.causal else features.mean(1)
         if self.config.causal:
             place = torch.arange(mask.shape[1], device=mask.device)
-            last = (place * mask.bool()).argmax(1)
-            return features[torch.arange(len(features), device=mask.device), last]
+            return features[torch.arange(len(features), device=mask.device), (place * mask.bool()).argmax(1)]
         weight = mask.to(features.dtype)[..., None]
         return (features * weight).sum(1) / weight.sum(1).clamp(min=1)
 

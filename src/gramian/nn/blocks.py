@@ -11,6 +11,7 @@ from gramian.nn.mixing import ShapedMixing, SinkMixing, SoftmaxMixing
 from gramian.nn.norms import NORMS, identity
 from gramian.nn.parts import MLP, Block, Parts, attention_of, mlp_of, pre_normed
 from gramian.nn.residual import Chain, Residual, Sum, down_weighted_gain, trainable
+from gramian.nn.shaped import shaped
 from gramian.nn.skipless import (
     e_spa,
     e_spa_attention_skip,
@@ -182,6 +183,7 @@ BLOCKS: dict[str, Block] = {
         e_spa_attention_skip,
         e_spa_mlp_skip,
         e_spa_skips,
+        shaped,
     )
 }
 

@@ -21,8 +21,9 @@ class Parts:
 
     `layer` counts from 0 to `depth` − 1; `mlp_width` is the hidden width of the MLP; `key_heads` heads of
     keys and values are shared by groups of query heads; `mlp_gain` is the β_FF of the simplified blocks at
-    18 layers; `context` is the length of a training sequence; `decay` is the γ_L of E-SPA; `rotary` makes
-    what rotates queries and keys of heads of a given width by their position, if anything does.
+    18 layers; `context` is the length of a training sequence; `decay` is the γ_L of E-SPA; `branch_gain`
+    and `attention_temperature` are the γ and τ₀ of the shaped transformer; `rotary` makes what rotates
+    queries and keys of heads of a given width by their position, if anything does.
     """
 
     width: int
@@ -39,6 +40,8 @@ class Parts:
     context: int = 512
     rotary: Callable[[int], nn.Module] | None = None
     decay: float = 0.005
+    branch_gain: float = 0.1
+    attention_temperature: float = 1.0
 
 
 Block = Callable[[Parts], nn.Module]

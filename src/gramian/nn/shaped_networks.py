@@ -16,6 +16,7 @@ from torch import Tensor
 from gramian.core.sde import Paths, integrate, joined, square_root
 from gramian.errors import InputError
 from gramian.nn.residual import normalised_skip
+from gramian.nn.shaped import shaped_slopes
 
 Covariances = Float[Tensor, "networks m m"]
 
@@ -42,20 +43,6 @@ def uncentred_attention(logits: Tensor, centring: Tensor) -> Tensor:
 def softmax_attention(logits: Tensor, centring: Tensor) -> Tensor:
     """Return A = softmax(Z), a control: every block averages tokens."""
     return logits.softmax(-1)
-
-
-def shaped_slopes(width: int, positive: float, negative: float) -> tuple[float, float]:
-    """Return the slopes s_± = 1 + c_±/√n of a shaped ReLU.
-
-    Raises: InputError for a width below 1 and when both slopes vanish.
-    Source: Li, Nica, Roy 2022, arXiv 2206.02768.
-    """
-    if width < 1:
-        raise InputError(f"a shaped ReLU needs a width of at least 1, got {width}")
-    slopes = 1 + positive / math.sqrt(width), 1 + negative / math.sqrt(width)
-    if not all(math.isfinite(slope) for slope in slopes) or slopes == (0, 0):
-        raise InputError(f"a shaped ReLU needs finite slopes, one of them not 0, got {slopes}")
-    return slopes
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,10 @@ class Shape:
     """β_FF that the simplified blocks start with at 18 layers, carried to other depths by 1/√L."""
     decay: float = 0.005
     """γ_L of E-SPA, whose tokens' correlations end as e^(−γ_L distance); a larger one keeps tokens apart."""
+    branch_gain: float = 0.1
+    """γ of the shaped block, λx + γ branch(x) with λ² + γ² = 1."""
+    attention_temperature: float = 1.0
+    """τ₀ of the shaped block, whose logits are q·k / (τ₀ √(width · head width))."""
     embedding_projection: bool = False
     """Whether square maps that start orthogonal stand after the token embedding and before the head."""
 
@@ -93,6 +97,12 @@ class TransformerConfig(Shape):
             raise InputError(f"sinusoidal positions need an even width, got {self.width}")
         if not 0 < self.decay < math.inf:
             raise InputError(f"decay must be positive and finite, got {self.decay:g}")
+        if not 0 <= self.branch_gain <= 1:
+            raise InputError(f"branch_gain must lie in [0, 1], got {self.branch_gain:g}")
+        if not 0 < self.attention_temperature < math.inf:
+            raise InputError(
+                f"attention_temperature must be positive and finite, got {self.attention_temperature:g}"
+            )
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise InputError(f"rotary positions need heads of an even width, got {self.width // self.heads}")
 
@@ -118,6 +128,8 @@ class TransformerConfig(Shape):
             context=self.context,
             rotary=Rotary if self.positions == "rotary" else None,
             decay=self.decay,
+            branch_gain=self.branch_gain,
+            attention_temperature=self.attention_temperature,
         )
 
 

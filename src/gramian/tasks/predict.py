@@ -240,7 +240,7 @@ def _inputs(config: PredictConfig) -> tuple[Tensor, Pairs]:
     if config.transformer:
         return torch.zeros(1, config.tokens, dtype=torch.float64), {"mean of all pairs of tokens": None}
     if config.inputs is not None:
-        x, pairs = _array(config.inputs), {"mean of all pairs": None}
+        x, pairs = matrix(config.inputs), {"mean of all pairs": None}
         check_gram(gram(x))
     else:
         products = _products(config)
@@ -261,7 +261,7 @@ def _inputs(config: PredictConfig) -> tuple[Tensor, Pairs]:
 def _products(config: PredictConfig) -> Tensor:
     """Return the Gram matrix that the inputs are to have."""
     if config.gram is not None:
-        return _array(config.gram)
+        return matrix(config.gram)
     first = torch.tensor((1.0, *config.correlations), dtype=torch.float64)
     products = torch.outer(first, first)
     return products.fill_diagonal_(1.0)
@@ -283,7 +283,7 @@ def _as_gram(products: Tensor) -> Gram:
     return Gram(products, products.diagonal(), products.diagonal())
 
 
-def _array(path: Path) -> Tensor:
+def matrix(path: Path) -> Tensor:
     """Return the matrix that a .npy file holds.
 
     Raises: InputError when the file cannot be read or holds something else.

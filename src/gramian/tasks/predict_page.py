@@ -160,8 +160,14 @@ def write_report(prediction: Prediction, config: PredictConfig, *, overwrite: bo
         "software": ", ".join(f"{name} {versions()[name]}" for name in ("gramian", "torch")),
     }
     page = report_page(prediction, facts)
+    write_folder(folder, {"settings": settings, **plain(asdict(prediction))}, page)
+    return folder / "report.html"
+
+
+def write_folder(folder: Path, numbers: dict[str, Any], page: Page) -> None:
+    """Replace a folder by one with prediction.json, report.html and the page's figures as .svg."""
     with atomic_folder(folder) as temporary:
-        write_json(temporary / PREDICTION, {"settings": settings, **_plain(asdict(prediction))})
+        write_json(temporary / PREDICTION, numbers)
         for section in page.sections:
             for block in section.blocks:
                 if isinstance(block, Plot):
@@ -169,7 +175,6 @@ def write_report(prediction: Prediction, config: PredictConfig, *, overwrite: bo
         write(page, temporary / "report.html")
         if folder.exists():
             shutil.rmtree(folder)
-    return folder / "report.html"
 
 
 def _described(config: PredictConfig) -> str:
@@ -183,10 +188,10 @@ def _described(config: PredictConfig) -> str:
     return ", ".join([config.name, *(f"{name} {getattr(config, name)}" for name in names)])
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return what JSON holds; what is not finite is null."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

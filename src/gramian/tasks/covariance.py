@@ -1,0 +1,331 @@
+"""Before training a shaped transformer: the law of its tokens' correlations and norms, and networks."""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from gramian.core.gram import Gram
+from gramian.core.readings import cosine
+from gramian.core.sde import Paths
+from gramian.errors import InputError
+from gramian.nn.shaped_networks import ShapedNetworks
+from gramian.tasks.predict import matrix
+from gramian.tasks.samples import Distance, Share, Summary, kolmogorov_smirnov, share, summary
+from gramian.tasks.verdict import COLLAPSED, FAR
+from gramian.theory.covariance_sde import ShapedBlock, check_covariance, check_temperature, simulate
+
+PAIR, MEAN, NORM = "correlation of tokens 1 and 2", "mean correlation", "log norm of token 1"
+RARE = 0.01
+"""Share of paths that may blow up, or collapse, without its being called unstable."""
+
+GAMMAS, TAUS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0), (0.5, 0.7, 1.0, 2.0, 4.0)
+"""Where the stable region is looked for; a user's own γ and τ₀ are added."""
+
+RECORDS, CELL_PATHS, BATCH = 16, 400, 500
+"""Times at which states are kept; paths for each cell of the region; paths at once, for the memory's sake."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CovarianceConfig:
+    """Follow the covariance of tokens through a shaped transformer that is not trained yet."""
+
+    depth: int = 64
+    """Blocks, each of attention and an MLP; time is depth/width."""
+    width: int = 128
+    """Features of a token."""
+    tokens: int = 8
+    """Tokens of a sequence, at least 2; a Gram matrix has its own number."""
+    gamma: float = 0.5
+    """γ, weight of a branch against its skip √(1 − γ²), in [0, 1]."""
+    tau0: float = 1.0
+    """τ₀, temperature of attention at width 1, positive."""
+    causal: bool = False
+    """Attention to the past alone; our extension of the published theory."""
+    positive: float = 0.0
+    """c₊ of the shaped ReLU, whose slopes are 1 + c±/√width."""
+    negative: float = -1.0
+    """c₋ of the shaped ReLU."""
+    key_width: int = 64
+    """Features of a query or key in the finite networks."""
+    correlation: float = 0.3
+    """Correlation that all pairs of tokens start with, in [−1/(tokens − 1), 1]; their norms start at 1."""
+    gram: Path | None = None
+    """A .npy file of the covariance of tokens to start from (mean products of features)."""
+    paths: int = 2000
+    """Paths of the SDE."""
+    networks: int = 200
+    """Finite networks to measure; 0 for theory alone."""
+    steps: int | None = None
+    """Steps of the integrator; one a block by default."""
+    region: bool = True
+    """Look for the γ and τ₀ that are stable at this depth and width."""
+    seed: int = 0
+    """Seed of all paths and networks."""
+    output: Path | None = None
+    """Folder for prediction.json, report.html and the figures; predictions/shaped by default."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return Path("predictions", "shaped") if self.output is None else self.output
+
+    @property
+    def time(self) -> float:
+        """Depth over width, the time of the SDE."""
+        return self.depth / self.width
+
+    @property
+    def block(self) -> ShapedBlock:
+        """The block of the limit."""
+        return ShapedBlock(self.gamma, self.tau0, self.causal, self.positive, self.negative)
+
+    def check(self) -> None:
+        """Raise InputError naming the first setting that cannot be used."""
+        least = {"depth": 1, "width": 1, "tokens": 2, "key_width": 1, "paths": 2, "networks": 0, "seed": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise InputError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        if self.networks == 1:
+            raise InputError("networks must be 0, for theory alone, or at least 2, got 1")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"steps must be at least 1, got {self.steps}")
+        if not 0 <= self.gamma <= 1:
+            raise InputError(f"gamma, the weight of a branch, must lie in [0, 1], got {self.gamma:g}")
+        check_temperature(self.tau0)
+        if not (math.isfinite(self.negative) and -(self.width**0.5) < self.positive < math.inf):
+            raise InputError(
+                f"negative must be finite and positive above −√width, which is {-(self.width**0.5):.3g}, got "
+                f"{self.negative:g} and {self.positive:g}"
+            )
+        lowest = -1 / (self.tokens - 1)
+        if self.gram is None and not lowest <= self.correlation <= 1:
+            raise InputError(
+                f"{self.tokens} tokens can all correlate at {lowest:.3g} to 1 with one another, got "
+                f"{self.correlation:g}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """Readings of paths or of networks through depth, and what became of them.
+
+    Those that blew up are in no reading from then on; their number is in `blown_up`.
+    """
+
+    depths: Sequence[float]
+    through: dict[str, Sequence[Summary]]
+    """By reading, a summary at each depth."""
+    final: dict[str, Sequence[float]]
+    """By reading, the values at the end."""
+    blown_up: Share
+    collapsed: Share
+
+
+@dataclass(frozen=True)
+class Region:
+    """Shares of paths that blow up, or collapse, by γ (rows) and τ₀ (columns)."""
+
+    gammas: Sequence[float]
+    taus: Sequence[float]
+    paths: int
+    blown_up: Sequence[Sequence[float]]
+    collapsed: Sequence[Sequence[float]]
+
+    def stable(self, gamma: float, tau: float) -> bool:
+        """Whether both shares are below `RARE`."""
+        row, column = self.gammas.index(gamma), self.taus.index(tau)
+        return max(self.blown_up[row][column], self.collapsed[row][column]) < RARE
+
+
+@dataclass(frozen=True, eq=False)
+class CovariancePrediction:
+    """What the SDE says of a shaped transformer, what networks did, and which settings are stable."""
+
+    time: float
+    starts_collapsed: bool
+    """Whether the tokens were one from the start; that they stay it says nothing of the network."""
+    theory: Ensemble
+    measured: Ensemble | None
+    distances: dict[str, Distance]
+    """By reading, between theory and networks at the end; empty where nothing was measured."""
+    region: Region | None
+
+
+def predict_covariance(config: CovarianceConfig, console: Console | None = None) -> CovariancePrediction:
+    """Simulate the SDE to depth/width, finite networks of this depth and width, and the region around.
+
+    Raises: InputError for a setting or a file that cannot be used.
+    """
+    config.check()
+    start = _start(config)
+    check_covariance(start)
+    if config.networks and config.width < len(start):
+        raise InputError(
+            f"networks need a width of at least their {len(start)} tokens, got {config.width}; pass "
+            "--networks 0 for theory alone"
+        )
+    seeds = _seeds(config.seed)
+    with Progress(console=console or Console(quiet=True), transient=True) as progress:
+        theory = _theory(config, start, seeds, progress)
+        measured = _networks(config, start, seeds, progress) if config.networks else None
+        region = _region(config, start, seeds, progress) if config.region else None
+    distances = {}
+    if measured is not None:
+        for name, values in measured.final.items():
+            if values and theory.final[name]:
+                distances[name] = kolmogorov_smirnov(theory.final[name], values)
+    return CovariancePrediction(config.time, bool(_collapsed(start)), theory, measured, distances, region)
+
+
+def readings(v: Tensor) -> dict[str, Tensor]:
+    """Return one number for each covariance and reading: they are independent from path to path.
+
+    Correlations of a path's pairs depend on each other; so a pair alone, and the mean over all pairs, whose
+    law is another one. The norm is ln V₁₁.
+
+    Shapes: v (…, m, m) -> (…).
+    """
+    pairs = _pairs(v)
+    found = {PAIR: pairs[..., 0]}
+    if pairs.shape[-1] > 1:
+        found[MEAN] = pairs.mean(-1)
+    return found | {NORM: v[..., 0, 0].clamp(min=1e-300).log()}
+
+
+def _pairs(v: Tensor) -> Tensor:
+    """Return the correlations above the diagonal, row by row: of tokens 1 and 2 first."""
+    norms = v.diagonal(dim1=-2, dim2=-1).clamp(min=1e-300)
+    rows, columns = torch.triu_indices(v.shape[-1], v.shape[-1], 1, device=v.device).unbind()
+    cosines = cosine(Gram(v, norms, norms))[..., rows, columns]
+    return cosines.round(decimals=9)  # or rounding alone would order what is equal
+
+
+def _collapsed(v: Tensor) -> Tensor:
+    """Return which covariances have rank one, nearly."""
+    return _pairs(v).abs().amin(-1) >= COLLAPSED
+
+
+def _start(config: CovarianceConfig) -> Tensor:
+    if config.gram is not None:
+        return matrix(config.gram)
+    start = torch.full((config.tokens, config.tokens), config.correlation, dtype=torch.float64)
+    return start.fill_diagonal_(1.0)
+
+
+def _seeds(seed: int) -> Iterator[int]:
+    stream = random.Random(seed)
+    while True:
+        yield stream.getrandbits(32)
+
+
+def _batches(total: int) -> list[int]:
+    """Return sizes of batches that add up to a total."""
+    sizes = [BATCH] * (total // BATCH)
+    return sizes + ([total % BATCH] if total % BATCH else [])
+
+
+def _bound(start: Tensor) -> float:
+    """Return the entry beyond which a covariance has blown up."""
+    return FAR * start.abs().max().item()
+
+
+def _depths(depth: int) -> list[int]:
+    """Return blocks after which states are kept, evenly apart, the start and the last among them."""
+    return sorted({round(depth * part / RECORDS) for part in range(RECORDS + 1)})
+
+
+def _theory(config: CovarianceConfig, start: Tensor, seeds: Iterator[int], progress: Progress) -> Ensemble:
+    records = [depth / config.width for depth in _depths(config.depth)]
+    bar = progress.add_task("paths of the SDE", total=config.paths)
+    parts = []
+    for paths in _batches(config.paths):
+        steps, seed = config.steps or config.depth, next(seeds)
+        found = simulate(
+            config.block, start, config.time, paths=paths, steps=steps, seed=seed, records=records,
+            bound=_bound(start),
+        )  # fmt: skip
+        parts.append(_Batch(found))
+        progress.advance(bar, paths)
+    return _ensemble(parts, config.width)
+
+
+def _networks(config: CovarianceConfig, start: Tensor, seeds: Iterator[int], progress: Progress) -> Ensemble:
+    finite = ShapedNetworks(
+        config.width,
+        config.gamma,
+        config.tau0,
+        key_width=config.key_width,
+        causal=config.causal,
+        positive=config.positive,
+        negative=config.negative,
+    )
+    bar = progress.add_task("finite networks", total=config.networks)
+    parts = []
+    for networks in _batches(config.networks):
+        found = finite.simulate(
+            start,
+            config.depth,
+            networks=networks,
+            seed=next(seeds),
+            records=_depths(config.depth),
+            bound=_bound(start),
+        )
+        parts.append(_Batch(found))
+        progress.advance(bar, networks)
+    return _ensemble(parts, config.width)
+
+
+def _region(config: CovarianceConfig, start: Tensor, seeds: Iterator[int], progress: Progress) -> Region:
+    gammas, taus = sorted({*GAMMAS, config.gamma}), sorted({*TAUS, config.tau0})
+    cells, blown_up, collapsed = list(product(gammas, taus)), [], []
+    seed = next(seeds)  # one for all cells, so that they differ by their settings alone
+    for gamma, tau0 in progress.track(cells, description="stable region"):
+        found = simulate(
+            replace(config.block, gamma=gamma, tau0=tau0), start, config.time, paths=CELL_PATHS,
+            steps=config.steps or config.depth, seed=seed, bound=_bound(start),
+        )  # fmt: skip
+        batch = _Batch(found)
+        blown_up.append(batch.blown_up.double().mean().item())
+        collapsed.append(0.0 if bool(_collapsed(start)) else batch.collapsed.double().mean().item())
+    return Region(gammas, taus, CELL_PATHS, _rows(blown_up, len(taus)), _rows(collapsed, len(taus)))
+
+
+def _rows(values: Sequence[float], columns: int) -> list[list[float]]:
+    return [list(values[first : first + columns]) for first in range(0, len(values), columns)]
+
+
+class _Batch:
+    """What is kept of some paths: readings (records, paths), who is left when, who collapsed."""
+
+    def __init__(self, found: Paths) -> None:
+        self.times = found.times
+        self.values = readings(found.states)
+        self.left = found.stopped > found.times[:, None] * (1 + 1e-9)
+        self.blown_up = found.stopped.isfinite()
+        self.collapsed = _collapsed(found.states[-1]) & ~self.blown_up
+
+
+def _ensemble(parts: Sequence[_Batch], width: int) -> Ensemble:
+    left = _joined(parts, lambda part: part.left)
+    through, final = {}, {}
+    for name in parts[0].values:
+        values = _joined(parts, lambda part, name=name: part.values[name])
+        through[name] = [summary(row[kept]) for row, kept in zip(values, left, strict=True)]
+        final[name] = values[-1][left[-1]].tolist()
+    depths = (parts[0].times * width).tolist()
+    blown_up, collapsed = (
+        share(_joined(parts, take)) for take in (lambda part: part.blown_up, lambda part: part.collapsed)
+    )
+    return Ensemble(depths, through, final, blown_up, collapsed)
+
+
+def _joined(parts: Iterable[_Batch], take: Callable[[_Batch], Tensor]) -> Tensor:
+    return torch.cat([take(part) for part in parts], -1)
