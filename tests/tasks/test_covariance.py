@@ -222,6 +222,8 @@ def test_what_a_region_recommends() -> None:
         paths=200,
         blown_up=[[0.0, 0.0], [0.02, 0.005], [0.005, 0.3]],
         collapsed=[[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]],
+        times=[0.5],
+        blown_up_by=[[0.0], [0.02], [0.005]],
     )
     assert largest_gamma(region, 1.0) == 0.2  # 0.6 is luck: 0.4 below it is not stable
     assert largest_gamma(region, 2.0) == 0.4
@@ -232,9 +234,22 @@ def test_what_a_region_recommends() -> None:
     assert largest_gamma(collapsing, 1.0) is None
 
 
+def test_blow_up_by_depth_is_a_distribution_function_that_meets_the_table() -> None:
+    """Paths that are lost stay lost, and at the time asked for the shares are those of the table."""
+    region = predict_covariance(replace(SMALL, gamma=0.8, tau0=0.7, region=True)).region
+    assert region is not None
+    now = region.times.index(SMALL.time)
+    assert region.times[-1] == 2 * SMALL.time
+    for row, by in zip(region.blown_up, region.blown_up_by, strict=True):
+        assert by[now] == row[region.taus.index(0.7)]
+        assert list(by) == sorted(by)
+    assert region.blown_up_by[-1][-1] > region.blown_up_by[-1][0]
+
+
 def test_advice_names_settings_of_the_table() -> None:
     config = replace(SMALL, gamma=0.4, tau0=1.0)
-    region = Region([0.2, 0.4], [1.0, 2.0], 200, [[0.0, 0.0], [0.1, 0.0]], [[0.0, 0.0], [0.0, 0.0]])
+    lost = [[0.0, 0.0], [0.1, 0.0]]
+    region = Region([0.2, 0.4], [1.0, 2.0], 200, lost, [[0.0, 0.0], [0.0, 0.0]], [0.5], [[0.0], [0.1]])
     lost = replace(predict_covariance(config).theory.blown_up, count=60, fraction=0.1)
     prediction = predict_covariance(replace(config, paths=10))
     prediction = replace(prediction, theory=replace(prediction.theory, blown_up=lost), region=region)

@@ -29,6 +29,9 @@ RARE = 0.01
 GAMMAS, TAUS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0), (0.5, 0.7, 1.0, 2.0, 4.0)
 """Where the stable region is looked for; a user's own γ and τ₀ are added."""
 
+HORIZONS = (0.25, 0.5, 1, 2)
+"""Depths over width, in units of the one asked for, at which the region is looked at."""
+
 RECORDS, CELL_PATHS, BATCH = 16, 400, 500
 """Times at which states are kept; paths for each cell of the region; paths at once, for the memory's sake."""
 
@@ -138,6 +141,10 @@ class Region:
     paths: int
     blown_up: Sequence[Sequence[float]]
     collapsed: Sequence[Sequence[float]]
+    times: Sequence[float]
+    """Depths over width, the one asked for among them."""
+    blown_up_by: Sequence[Sequence[float]]
+    """Shares that blow up by γ (rows) and by the times (columns), at the τ₀ asked for."""
 
     def stable(self, gamma: float, tau: float) -> bool:
         """Whether both shares are below `RARE`."""
@@ -285,17 +292,24 @@ def _networks(config: CovarianceConfig, start: Tensor, seeds: Iterator[int], pro
 
 def _region(config: CovarianceConfig, start: Tensor, seeds: Iterator[int], progress: Progress) -> Region:
     gammas, taus = sorted({*GAMMAS, config.gamma}), sorted({*TAUS, config.tau0})
-    cells, blown_up, collapsed = list(product(gammas, taus)), [], []
+    cells, blown_up, collapsed, blown_up_by = list(product(gammas, taus)), [], [], []
+    times = [config.time * factor for factor in HORIZONS]
     seed = next(seeds)  # one for all cells, so that they differ by their settings alone
     for gamma, tau0 in progress.track(cells, description="stable region"):
+        asked = tau0 == config.tau0
+        horizon = HORIZONS[-1] if asked else 1
         found = simulate(
-            replace(config.block, gamma=gamma, tau0=tau0), start, config.time, paths=CELL_PATHS,
-            steps=config.steps or config.depth, seed=seed, bound=_bound(start),
+            replace(config.block, gamma=gamma, tau0=tau0), start, config.time * horizon, paths=CELL_PATHS,
+            steps=(config.steps or config.depth) * horizon, records=[config.time], seed=seed,
+            bound=_bound(start),
         )  # fmt: skip
-        batch = _Batch(found)
-        blown_up.append(batch.blown_up.double().mean().item())
-        collapsed.append(0.0 if bool(_collapsed(start)) else batch.collapsed.double().mean().item())
-    return Region(gammas, taus, CELL_PATHS, _rows(blown_up, len(taus)), _rows(collapsed, len(taus)))
+        lost = [(found.stopped <= time * (1 + 1e-9)).double().mean().item() for time in times]
+        blown_up.append(lost[HORIZONS.index(1)])
+        collapsed.append(0.0 if bool(_collapsed(start)) else _Batch(found).collapsed.double().mean().item())
+        blown_up_by += [lost] if asked else []
+    return Region(
+        gammas, taus, CELL_PATHS, _rows(blown_up, len(taus)), _rows(collapsed, len(taus)), times, blown_up_by
+    )
 
 
 def _rows(values: Sequence[float], columns: int) -> list[list[float]]:

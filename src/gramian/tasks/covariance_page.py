@@ -274,6 +274,12 @@ def _stability(region: Region, config: CovarianceConfig) -> Section:
             f"{100 * RARE:g} %: {percent((RARE * (1 - RARE) / region.paths) ** 0.5)}."
         )
         plots.append(Plot(figure, caption, f"{reading} by γ and τ₀, as a table of colours.", title))
+    figure = shares(
+        region.blown_up_by, across=region.times, upward=region.gammas, x="depth/width",
+        y="γ, weight of a branch", reading="paths that blow up", chosen=(config.time, config.gamma),
+    )  # fmt: skip
+    caption = f"Share of {region.paths} paths that blow up by each depth/width, at τ₀ {config.tau0:g}."
+    plots.insert(1, Plot(figure, caption, "Blow-up by γ and depth/width, as a table of colours.", "By depth"))
     return Section("Stability", f"{'; '.join(words)} {rule}", plots)
 
 
