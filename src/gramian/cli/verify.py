@@ -12,7 +12,13 @@ from rich.table import Column, Table
 
 from gramian.errors import GramianError, InputError
 
-SYSTEMS = ("simplified_block", "outlier_features", "shortcut_free", "scaled_resnet")
+SYSTEMS = (
+    "simplified_block",
+    "outlier_features",
+    "shortcut_free",
+    "scaled_resnet",
+    "shaped_transformer",
+)
 
 
 class RefutedError(GramianError):
@@ -33,10 +39,10 @@ def verify(
     A run that was stopped goes on where it was.
 
     Args:
-        system: simplified_block, outlier_features, shortcut_free or scaled_resnet.
+        system: simplified_block, outlier_features, shortcut_free, scaled_resnet or shaped_transformer.
         setting: quick takes minutes to an hour or two on two cores; decoder and encoder (simplified_block),
             codeparrot and opt (outlier_features), wikitext (shortcut_free), cifar10, cifar100 and tiny
-            (scaled_resnet) are the published settings.
+            (scaled_resnet), encoder (shaped_transformer) are the published settings.
         text: text to train on; the Python standard library when none is given.
         images: images to train on, .npz or MNIST's format (scaled_resnet); scikit-learn's digits when not
             given.
