@@ -26,6 +26,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/block_speed.py
 	$(BIN)/python benchmarks/int8_speed.py
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/covariance_sde.py
 
 # The report's browser test runs when Chromium is there (Debian: as root).
 browser:

@@ -73,12 +73,12 @@ class CovarianceConfig:
     seed: int = 0
     """Seed of all paths and networks."""
     output: Path | None = None
-    """Folder for prediction.json, report.html and the figures; predictions/shaped by default."""
+    """Folder for prediction.json, report.html and the figures; predictions/shaped_sde by default."""
 
     @property
     def folder(self) -> Path:
         """Where the results go."""
-        return Path("predictions", "shaped") if self.output is None else self.output
+        return Path("predictions", "shaped_sde") if self.output is None else self.output
 
     @property
     def time(self) -> float:
