@@ -94,7 +94,7 @@ def speeds(m: int, width: int, rounds: int) -> str:
     v = simulate(BLOCK, start(m), 0.1, paths=1, steps=8, seed=0).states[-1, 0]
     torch.testing.assert_close(dense_covariance(v[None])[0], covariance(BLOCK, v), rtol=1e-9, atol=1e-12)
     generator = torch.Generator().manual_seed(0)
-    counts = {"ours": 2**18 // m**2, "dense": max(2, 40_000 // m**3), "drawn": 1, "sampled": 2**12 // m}
+    counts = {"ours": 2**18 // m**2, "dense": max(2, 40_000 // m**3), "drawn": 1, "sampled": 2**10 // m}
     networks = ShapedNetworks(width, BLOCK.gamma, BLOCK.tau0, key_width=KEYS)
     depth = round(TIME * width)
     ways: dict[str, Callable[[], object]] = {

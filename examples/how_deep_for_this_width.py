@@ -16,7 +16,7 @@ for gamma in (0.3, 0.6):
         cosine, norm = summary(lasting[PAIR]), summary(lasting[NORM])
         low, high = cosine.quantiles[0], cosine.quantiles[-1]
         print(
-            f"gamma {gamma:g}, {depth:3} blocks of width {WIDTH}: cosine of two tokens {low:.2f} to {high:.2f}, "
+            f"gamma {gamma:g}, {depth:3} blocks of width {WIDTH}: cosine of tokens {low:.2f} to {high:.2f}, "
             f"log norm {norm.mean:+.2f} ± {norm.deviation:.2f}, "
             f"blown up {1 - paths.lasting.double().mean().item():.1%}"
         )
