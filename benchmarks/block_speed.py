@@ -16,6 +16,7 @@ import torch
 from side_by_side import ratio, timed, write_results
 from torch import Tensor, nn
 
+from gramian.interop.huggingface_cache import CACHE
 from gramian.nn.blocks import BLOCKS
 from gramian.nn.transformer import Transformer, TransformerConfig, build
 from gramian.tasks.language import language_loss
@@ -98,13 +99,13 @@ def decoding(model: nn.Module, tokens: Tensor, steps: int) -> Callable[[], None]
         return ours
     assert isinstance(model, Gpt2)
     with torch.no_grad():
-        cache = model.model(prompt, use_cache=True).past_key_values
+        cache = getattr(model.model(prompt, use_cache=True), CACHE)
 
     def theirs() -> None:
         cache.crop(prompt.shape[1] - cache.get_seq_length())
         with torch.no_grad():
             for _ in range(steps):
-                model.model(tokens[:, :1], past_key_values=cache, use_cache=True)
+                model.model(tokens[:, :1], **{CACHE: cache}, use_cache=True)
 
     return theirs
 

@@ -19,6 +19,7 @@ from side_by_side import ratio, timed, write_results
 from torch import Tensor, nn
 
 from gramian.compress import torch_ao
+from gramian.interop.huggingface_cache import CACHE
 
 torch_ao.quieten()
 
@@ -74,14 +75,14 @@ def prefill(model: nn.Module, tokens: Tensor, compiled: bool) -> Callable[[], No
 def decoding(model: nn.Module, tokens: Tensor, steps: int) -> Callable[[], None]:
     """Return cached steps of one token at the end of the context; the prompt is read once."""
     with torch.no_grad():
-        cache = model(input_ids=tokens[:, :-steps], use_cache=True).past_key_values
+        cache = getattr(model(input_ids=tokens[:, :-steps], use_cache=True), CACHE)
     length = cache.get_seq_length()
 
     def decode() -> None:
         cache.crop(length - cache.get_seq_length())
         with torch.no_grad():
             for _ in range(steps):
-                model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True)
+                model(input_ids=tokens[:, :1], **{CACHE: cache}, use_cache=True)
 
     return decode
 

@@ -14,6 +14,7 @@ from gramian.compress.quantise import Grid, quantise
 from gramian.compress.recipe import Recipe
 from gramian.compress.simulate import Simulation, sensitivity
 from gramian.errors import InputError
+from gramian.interop.huggingface_cache import CACHE
 from gramian.nn.blocks import BLOCKS
 from quantised_models import (
     DEPTH,
@@ -282,7 +283,7 @@ def test_generation_with_a_cache_runs() -> None:
     with simulation:
         whole = model(batch).logits
         cache = model(batch[:, :5], use_cache=True)
-        rest = model(batch[:, 5:], past_key_values=cache.past_key_values).logits
+        rest = model(batch[:, 5:], **{CACHE: getattr(cache, CACHE)}).logits
     torch.testing.assert_close(rest, whole[:, 5:], rtol=1e-9, atol=1e-9)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gramian.errors import InputError
+from gramian.interop.huggingface_cache import CACHE
 from gramian.nn.attention import Attention, ShapedMixing
 from gramian.nn.blocks import BLOCKS, Parts, sas_reparametrised
 from gramian.nn.init import Reparametrised
@@ -218,15 +219,15 @@ def test_calls_that_cannot_be_answered_are_named() -> None:
     foreign = transformers.DynamicCache()
     foreign.update(torch.zeros(2, 2, 1, 6), torch.zeros(2, 2, 1, 6), 0)
     with pytest.raises(InputError, match="or their own"):
-        model(tokens, past_key_values=foreign)
+        model(tokens, **{CACHE: foreign})
     with pytest.raises(InputError, match="position_ids must count on, or begin again at 0"):
         model(tokens, position_ids=torch.arange(1, 6)[None])
     restart = torch.tensor([[0, 1, 0, 1, 2]])
-    assert model(tokens, position_ids=restart).past_key_values is None
+    assert getattr(model(tokens, position_ids=restart), CACHE) is None
     with pytest.raises(InputError, match="packed documents take no cache; pass use_cache=False"):
         model(tokens, position_ids=restart, use_cache=True)
     with pytest.raises(InputError, match="position_ids must count on"):
-        model(tokens, position_ids=restart, past_key_values=model(tokens).past_key_values)
+        model(tokens, position_ids=restart, **{CACHE: getattr(model(tokens), CACHE)})
     for inputs in ({}, {"input_ids": tokens, "inputs_embeds": torch.zeros(2, 5, 24)}):
         with pytest.raises(InputError, match="either input_ids or inputs_embeds"):
             model(**inputs)

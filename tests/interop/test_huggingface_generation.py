@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gramian.errors import InputError
+from gramian.interop.huggingface_cache import CACHE
 from huggingface_models import every_decoder, model_of, tokens_of, transformers
 
 
@@ -79,24 +80,24 @@ def test_guessed_tokens_are_taken_back(name) -> None:
 @torch.no_grad()
 def test_a_cache_is_continued_and_copied() -> None:
     model, tokens = model_of("sas", dtype=torch.float64), tokens_of(2, 6)
-    cache = model(tokens[:, :4]).past_key_values
+    cache = getattr(model(tokens[:, :4]), CACHE)
     kept = copy.deepcopy(cache)
     expected = torch.stack([greedy(model, row, 5) for row in tokens])
     options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 5, "do_sample": False}
-    assert torch.equal(model.generate(tokens, **options, past_key_values=cache), expected)
+    assert torch.equal(model.generate(tokens, **options, **{CACHE: cache}), expected)
     assert cache.get_seq_length() == 10
     assert kept.get_seq_length() == 4
-    assert torch.equal(model.generate(tokens, **options, past_key_values=kept), expected)
+    assert torch.equal(model.generate(tokens, **options, **{CACHE: kept}), expected)
     kept.reset()
     assert kept.get_seq_length() == 0
-    assert torch.equal(model.generate(tokens, **options, past_key_values=kept), expected)
+    assert torch.equal(model.generate(tokens, **options, **{CACHE: kept}), expected)
     positions = torch.arange(4, 6)[None]
-    cache = model(tokens[:, :4], position_ids=torch.arange(4)[None]).past_key_values
-    got = model(tokens[:, 4:], position_ids=positions, past_key_values=cache).logits
+    cache = getattr(model(tokens[:, :4], position_ids=torch.arange(4)[None]), CACHE)
+    got = model(tokens[:, 4:], position_ids=positions, **{CACHE: cache}).logits
     torch.testing.assert_close(got, model(tokens).logits[:, 4:], rtol=1e-10, atol=1e-10)
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([1, 3]))
-    got = model(tokens[:, :1], past_key_values=cache).logits
+    got = model(tokens[:, :1], **{CACHE: cache}).logits
     expected = model(torch.cat((tokens, tokens[:, :1]), 1)).logits[:, -1:]
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 

@@ -20,13 +20,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from gramian.errors import InputError
+from gramian.interop.huggingface_cache import CACHE, memory_of
 from gramian.nn.transformer import Transformer, TransformerConfig
-from gramian.nn.view import Past
 
 
 @strict
@@ -34,7 +34,7 @@ class GramianConfig(PreTrainedConfig):
     """The fields of `TransformerConfig`, with what Hugging Face needs beside them."""
 
     model_type = "gramian"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (the Trainer adds it to a list)
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012  (the Trainer adds it to a list)
     attribute_map = {  # noqa: RUF012  (the base class declares it)
         "vocab_size": "vocabulary",
         "hidden_size": "width",
@@ -82,65 +82,6 @@ class GramianConfig(PreTrainedConfig):
         return TransformerConfig(
             **{field.name: getattr(self, field.name) for field in fields(TransformerConfig)}
         )
-
-
-class PastLayer(CacheLayerMixin):
-    """One layer's `Past` as a layer of a Hugging Face cache."""
-
-    is_croppable = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.past = Past()
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: D102
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        return self.past.append(key_states, value_states)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: D102
-        return self.past.length + query_length, 0
-
-    def get_seq_length(self) -> int:  # noqa: D102
-        return self.past.length
-
-    def get_max_length(self) -> int:  # noqa: D102
-        return -1
-
-    get_max_cache_shape = get_max_length  # its earlier name
-
-    def reset(self) -> None:  # noqa: D102
-        self.past = Past()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:  # noqa: D102
-        self.past.reorder(beam_idx)
-
-    batch_select_indices = reorder_cache
-
-    def batch_repeat_interleave(self, repeats: int) -> None:  # noqa: D102
-        self.past.reorder(torch.arange(self.past.sequences).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last −n tokens, or, as callers earlier asked by a positive n, all but the first n."""
-        kept = tokens_to_remove if tokens_to_remove > 0 else self.past.length + tokens_to_remove
-        self.past.crop(kept)
-
-
-def memory_of(cache: Cache, depth: int) -> list[Past]:
-    """Return the memories of a cache's layers, which an empty dynamic cache gets here.
-
-    Raises: InputError for another kind of cache, or one that another model filled.
-    """
-    if isinstance(cache, DynamicCache) and not cache.offloading and cache.get_seq_length() == 0:
-        cache.layers[:] = [PastLayer() for _ in range(depth)]
-    memory = [layer.past for layer in cache.layers if isinstance(layer, PastLayer)]
-    if len(memory) != depth:
-        raise InputError(
-            "these models decode with a DynamicCache that is empty or their own, and not offloaded, got a "
-            f"{type(cache).__name__} of {len(cache.layers)} layers"
-        )
-    return memory
 
 
 class GramianPreTrainedModel(PreTrainedModel):
@@ -289,6 +230,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -298,25 +240,25 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return logits, the loss of predicting each next label, and the cache.
 
-        The cache carries no gradient, so that it is made by default only where gradients are off. Without a
-        mask, position_ids that begin again at 0 mark packed documents, which take no cache.
+        The cache, by either of its names, carries no gradient, so that it is made by default only where
+        gradients are off. Without a mask, position_ids that begin again at 0 mark packed documents, which
+        take no cache.
         """
-        before = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = past_key_values if cache is None else cache
+        before = 0 if cache is None else cache.get_seq_length()
         documents = _documents(position_ids, attention_mask, before)
         if use_cache is None:
             use_cache = self.config.use_cache and documents is None and not torch.is_grad_enabled()
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        if use_cache and cache is None:
+            cache = DynamicCache()
         features, hidden = self._features(
-            input_ids, attention_mask, inputs_embeds, output_hidden_states, documents, past_key_values
+            input_ids, attention_mask, inputs_embeds, output_hidden_states, documents, cache
         )
         logits = self.transformer.head(features[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocabulary, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=hidden
-        )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache})
 
 
 class GramianForMaskedLM(GramianPreTrainedModel):
