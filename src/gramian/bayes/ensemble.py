@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from gramian.bayes.classification import Classifier, calibrated, centred_one_hot, split
-from gramian.bayes.fitting import LIKELIHOODS, Optimiser
+from gramian.bayes.fitting import ADAM, LIKELIHOODS, Optimiser
 from gramian.bayes.job import prepared, solved, trained
 from gramian.bayes.members import RECIPES, EnsembleConfig, Make, noisy, seed_of, source_of
 from gramian.bayes.stack import Stack, joined
@@ -28,7 +28,7 @@ def fit_ensemble(
     progress: Callable[[int], None] = lambda step: None,
     *,
     share: tuple[int, int] = (0, 1),
-    optimiser: Optimiser = torch.optim.Adam,
+    optimiser: Optimiser = ADAM,
     auxiliary: nn.Module | None = None,
 ) -> Ensemble:
     """Train networks so that each is a draw from a posterior over functions.
@@ -78,7 +78,7 @@ def fit_heteroscedastic(
     progress: Callable[[int], None] = lambda step: None,
     *,
     share: tuple[int, int] = (0, 1),
-    optimiser: Optimiser = torch.optim.Adam,
+    optimiser: Optimiser = ADAM,
 ) -> Ensemble:
     """Train members that give the noise variance of every row beside its mean.
 
@@ -121,7 +121,7 @@ def fit_classifier(
     progress: Callable[[int], None] = lambda step: None,
     *,
     held_out: tuple[Tensor, Tensor] | float = 0.1,
-    optimiser: Optimiser = torch.optim.Adam,
+    optimiser: Optimiser = ADAM,
 ) -> Classifier:
     """Train members by regression on classes, and turn them into probabilities by one temperature.
 

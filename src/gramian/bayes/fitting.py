@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,6 +17,9 @@ from gramian.errors import DivergedError, InputError
 
 Optimiser = Callable[..., torch.optim.Optimizer]
 """Called with a list of tensors and `lr`, as torch's optimisers are."""
+
+ADAM = partial(torch.optim.Adam, fused=True)
+"""The optimiser unless another is given, all its arithmetic in one pass."""
 
 Rows = Tensor | slice
 FLOOR = 1e-6
@@ -141,18 +145,23 @@ class Regulariser:
 
         ½ weight ‖θ − a‖²_Λ,  ‖v‖²_Λ = Σ_j v_j²/Λ_j over parameters with Λ_j > 0
 
-    Shapes: θ, a (members, …), Λ broadcasts to a member's -> (members).
+    Shapes: θ, a (members, …), `precision` 1/Λ broadcasts to a member's -> (members).
     Holds: exactly.
     """
 
     anchor: State
-    prior: Parameters
+    precision: Parameters
     weight: float
+
+    @classmethod
+    def of(cls, anchor: State, prior: Parameters, weight: float) -> "Regulariser":
+        """Make it of the variances Λ."""
+        return cls(anchor, {name: reciprocal(variance) for name, variance in prior.items()}, weight)
 
     def __call__(self, parameters: State) -> Float[Tensor, " members"]:
         """Return it for every member."""
         terms = [
-            ((value - self.anchor[name]).square() * reciprocal(self.prior[name])).flatten(1).sum(1)
+            ((value - self.anchor[name]).square() * self.precision[name]).flatten(1).sum(1)
             for name, value in parameters.items()
         ]
         return 0.5 * self.weight * torch.stack(terms).sum(0)
@@ -172,7 +181,7 @@ class Schedule:
     batch: int | None
     tolerance: float
     seed: int
-    optimiser: Optimiser = torch.optim.Adam
+    optimiser: Optimiser = ADAM
 
 
 def train(
@@ -202,7 +211,7 @@ def train(
     for step, rows in zip(range(schedule.steps), _batches(count, schedule), strict=False):
         losses = loss(theta, rows)
         for leaf, gradient in zip(leaves, torch.autograd.grad(losses.sum(), leaves), strict=True):
-            leaf.grad = gradient
+            leaf.grad = gradient.contiguous()  # the fused optimisers read memory as it lies
         for name, where in held.items():
             theta[name].grad.masked_fill_(where, 0)  # type: ignore[union-attr]
         if step % 100 == 0 or step == schedule.steps - 1:

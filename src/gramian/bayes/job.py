@@ -145,7 +145,7 @@ def trained(job: Job, targets: Tensor, progress: Callable[[int], None], optimise
     if job.drawn.anchor is not None:
         anchor = job.start if job.recipe.linear else job.drawn.anchor
         weight = job.known.penalty(job.config.noise_variance) / len(job.x)
-        regulariser = Regulariser(anchor, job.scale, weight)
+        regulariser = Regulariser.of(anchor, job.scale, weight)
 
     def loss(theta: State, rows: Rows) -> Tensor:
         found = job.known.loss(outputs(theta, job.x[rows]) + offset[:, rows], targets[:, rows], job.y[rows])
