@@ -11,11 +11,12 @@ SOURCE = Path(__file__).parents[1] / "src" / "gramian"
 RANKS = {
     **dict.fromkeys(("errors", "files", "core"), 0),
     **dict.fromkeys(("nn", "observe", "bayes", "compress", "imaging", "data"), 1),
-    **dict.fromkeys(("theory", "train", "interop", "report"), 2),
-    "tasks": 3,
-    "systems": 4,
-    "cli": 5,
-    "__main__": 6,
+    **dict.fromkeys(("theory", "train", "report"), 2),
+    "interop": 3,
+    "tasks": 4,
+    "systems": 5,
+    "cli": 6,
+    "__main__": 7,
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 LONGEST = 400

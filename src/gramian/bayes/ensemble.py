@@ -49,7 +49,7 @@ def fit_ensemble(
     of x.
 
     solver "exact" replaces every network by its linearisation at θ_0 and solves for the minimum through the
-    kernel of its Jacobian: it is not trained, and costs (N O)³ or, for more than 6000 rows times outputs,
+    kernel of its Jacobian: it is not trained, and costs (N O)³ or, for more than 10 000 rows times outputs,
     conjugate gradients. `auxiliary` is a network to take θ_aux of all members of ntkgp_lin from, such as a
     trained one. `share` (rank, world) trains every world-th member from `rank` on, with the numbers that one
     process would give them: `join` puts the parts together.

@@ -13,7 +13,7 @@ from gramian.bayes.stack import FunctionSum, Stack, State, member_of
 from gramian.core.jacobian import Parameters, vjp
 from gramian.errors import InputError
 
-DENSE = 6000
+DENSE = 10_000
 """Up to so many rows times outputs the kernel is formed and factorised; beyond, it is only multiplied by."""
 
 JITTER = 1e-8

@@ -15,6 +15,7 @@ from gramian.cli.list import list_names
 from gramian.cli.observe import observe
 from gramian.cli.predict import predict
 from gramian.cli.quantise import quantise
+from gramian.cli.regress import regress
 from gramian.cli.train import train
 from gramian.cli.verify import verify
 from gramian.compress.torch_ao import quieten
@@ -28,6 +29,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "observe": observe,
     "quantise": quantise,
+    "regress": regress,
     "verify": verify,
     "list": list_names,
 }

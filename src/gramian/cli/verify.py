@@ -18,6 +18,7 @@ SYSTEMS = (
     "shortcut_free",
     "scaled_resnet",
     "shaped_transformer",
+    "ntk_ensemble",
 )
 
 
@@ -30,6 +31,7 @@ def verify(
     setting: str = "quick",
     text: tuple[Path, ...] = (),
     images: Path | None = None,
+    tables: tuple[Path, ...] = (),
     runs: Path = Path("runs"),
     steps: int | None = None,
     seeds: tuple[int, ...] = (),
@@ -39,12 +41,15 @@ def verify(
     A run that was stopped goes on where it was.
 
     Args:
-        system: simplified_block, outlier_features, shortcut_free, scaled_resnet or shaped_transformer.
+        system: simplified_block, outlier_features, shortcut_free, scaled_resnet, shaped_transformer or
+            ntk_ensemble.
         setting: quick takes minutes to an hour or two on two cores; decoder and encoder (simplified_block),
             codeparrot and opt (outlier_features), wikitext (shortcut_free), cifar10, cifar100 and tiny
-            (scaled_resnet), encoder (shaped_transformer) are the published settings.
+            (scaled_resnet), encoder (shaped_transformer), tables (ntk_ensemble) are the published settings.
         text: text to train on; the Python standard library when none is given.
-        images: images to train on, .npz or MNIST's format (scaled_resnet); scikit-learn's digits when not
+        images: images to train on, .npz or MNIST's format (scaled_resnet, ntk_ensemble); scikit-learn's
+            digits when not given.
+        tables: tables to learn from, .npz with X, y and perhaps splits (ntk_ensemble); diabetes when none is
             given.
         runs: folder of run folders.
         steps: optimiser steps; a few minutes' worth when not given.
@@ -54,10 +59,17 @@ def verify(
         raise InputError(f"unknown system {system!r}; choose {', '.join(SYSTEMS)}")
     module = importlib.import_module(f"gramian.systems.{system}")
     config = module.quick() if setting == "quick" else module.paper(setting)
-    job = replace(config.job, runs=runs, data=_data(system, config.job.data, text, images))
-    if steps is not None:
-        job = replace(job, training=replace(job.training, steps=steps))
-    config = replace(config, job=job, seeds=seeds or config.seeds)
+    if hasattr(config, "job"):
+        if tables:
+            raise InputError(f"{system} reads no tables")
+        job = replace(config.job, runs=runs, data=_data(system, config.job.data, text, images))
+        if steps is not None:
+            job = replace(job, training=replace(job.training, steps=steps))
+        config = replace(config, job=job, seeds=seeds or config.seeds)
+    else:
+        if text:
+            raise InputError(f"{system} reads tables and images, not text")
+        config = module.given(config, runs=runs, tables=tables, images=images, steps=steps, seeds=seeds)
     console = Console()
     console.print(" ".join(module.CLAIM.split()), highlight=False)
     result = module.run(config, console=console)

@@ -74,8 +74,9 @@ def mlp(
     weight_std: float = 1.5,
     bias_std: float = 0.05,
     parametrisation: str = "standard",
+    dropout: float = 0.0,
 ) -> nn.Sequential:
-    """Return linear maps with an elementwise function between them.
+    """Return linear maps with an elementwise function between them, and dropout behind it if asked for.
 
         f(x) = W_{L+1} φ(W_L … φ(W_1 x + b_1) …) + b_{L+1}
 
@@ -93,6 +94,7 @@ def mlp(
     parts: list[nn.Module] = []
     for inputs, width in pairwise((features, *widths)):
         parts += [layer(inputs, width, weight_std, bias_std), function()]
+        parts += [nn.Dropout(dropout)] if dropout else []
     last = widths[-1] if widths else features
     return nn.Sequential(*parts, layer(last, outputs, weight_std, bias_std))
 

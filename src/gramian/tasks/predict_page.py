@@ -2,17 +2,18 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as TerminalTable
 
 from gramian.errors import InputError
-from gramian.files import atomic_folder, write_json
+from gramian.files import atomic_folder, write_json, write_text
 from gramian.report import Column, Page, Plot, Section, Table, save, write
 from gramian.report.overlay import Overlay, overlay
 from gramian.tasks.predict import PredictConfig, Prediction
@@ -27,16 +28,17 @@ GRADIENT = "Squared norm of the gradient at each layer over that at the last one
 CORRELATION = "Cosines of pairs of inputs, or of tokens. 1: the network cannot tell them apart any more."
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
-    """Raise InputError unless results may go into a folder: a new or empty one, or a prediction's."""
-    if folder.is_dir() and (folder / PREDICTION).exists():
+def check_free(folder: Path, overwrite: bool, marker: str = PREDICTION) -> None:
+    """Raise InputError unless results may go into a folder: a new or empty one, or one with the marker."""
+    kind = Path(marker).stem
+    if folder.is_dir() and (folder / marker).exists():
         if not overwrite:
             raise InputError(
-                f"the folder {folder} already holds a prediction; pass --overwrite to replace it, or another "
+                f"the folder {folder} already holds a {kind}; pass --overwrite to replace it, or another "
                 "--output"
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} holds something that is no prediction; choose another --output")
+        raise InputError(f"{folder} holds something that is no {kind}; choose another --output")
 
 
 def shown_layers(depth: int) -> list[int]:
@@ -164,10 +166,18 @@ def write_report(prediction: Prediction, config: PredictConfig, *, overwrite: bo
     return folder / "report.html"
 
 
-def write_folder(folder: Path, numbers: dict[str, Any], page: Page) -> None:
-    """Replace a folder by one with prediction.json, report.html and the page's figures as .svg."""
+def write_folder(
+    folder: Path,
+    numbers: dict[str, Any],
+    page: Page,
+    marker: str = PREDICTION,
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Replace a folder by one with numbers as JSON, texts, report.html and the page's figures as .svg."""
     with atomic_folder(folder) as temporary:
-        write_json(temporary / PREDICTION, numbers)
+        write_json(temporary / marker, numbers)
+        for name, text in texts.items():
+            write_text(temporary / name, text)
         for section in page.sections:
             for block in section.blocks:
                 if isinstance(block, Plot):
