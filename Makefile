@@ -27,6 +27,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/int8_speed.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/covariance_sde.py
+	$(BIN)/python benchmarks/ntk.py
 
 # The report's browser test runs when Chromium is there (Debian: as root).
 browser:

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,13 +103,20 @@ def test_the_evidence_is_at_its_maximum() -> None:
     assert min(lost["noise_variance"], lost["weight_std"]) > 0.1  # of the biases, small here, it knows little
 
 
-def test_more_starts_find_no_less_and_nothing_leaves_its_bounds() -> None:
-    poor = {"depth": 1, "weight_std": 9.9, "noise_variance": 1e-9, "random_state": 0}
-    one, more = (NTKGPRegressor(restarts=restarts, **poor).fit(X, Y) for restarts in (0, 1))
-    assert more.log_evidence_ >= one.log_evidence_ - 1e-6
-    for found in (one, more):
-        for name, (low, high) in BOUNDS.items():
-            assert low * (1 - 1e-9) <= getattr(found, f"{name}_") <= high * (1 + 1e-9)
+def test_the_best_of_the_starts_is_taken_and_each_keeps_to_its_bounds(monkeypatch) -> None:
+    limits = np.log(list(BOUNDS.values())).T
+    chosen, starts = np.log([0.2, 0.5, 0.4]), []
+
+    def minimised(cost, start, **options) -> SimpleNamespace:
+        starts.append(start)
+        return SimpleNamespace(fun=[2.0, 1.0, 3.0][len(starts) - 1], x=chosen + (len(starts) != 2))
+
+    monkeypatch.setattr(estimators, "minimize", minimised)
+    found = NTKGPRegressor(restarts=2, weight_std=99.0, noise_variance=0.0, random_state=0).fit(X, Y)
+    assert [getattr(found, f"{name}_") for name in BOUNDS] == pytest.approx([0.2, 0.5, 0.4])
+    assert all(((limits[0] <= start) & (start <= limits[1])).all() for start in starts)
+    assert starts[0].tolist() == pytest.approx(np.log([1e-6, 10.0, 0.3]))
+    assert len({tuple(start) for start in starts}) == 3
 
 
 def test_the_evidence_of_some_rows() -> None:

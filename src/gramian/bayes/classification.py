@@ -145,8 +145,8 @@ def split(x: Tensor, labels: Tensor, held_out: Labelled | float, seed: int) -> t
     count = max(1, round(held_out * len(x))) if 0 < held_out < 1 else 0
     if not 0 < count <= len(spare):
         raise InputError(
-            f"a share of {held_out:g} of {len(x)} rows leaves none to calibrate on, or a class without one to "
-            "train on"
+            f"a share of {held_out:g} of {len(x)} rows leaves none to calibrate on, or a class without one "
+            "to train on"
         )
     start = torch.rand(1, generator=generator, dtype=torch.float64)
     chosen = torch.zeros(len(x), dtype=torch.bool)

@@ -127,9 +127,9 @@ def fit_classifier(
 
         y_nk = [label_n = k] − 1/K,   p(k | x) = mean_m softmax_k(f̃_m(x)/T)
 
-    T minimises the cross-entropy of p on data that no member saw: `held_out` (inputs, labels), or that share
-    of the rows, drawn by the seed and left out of training. `make` returns networks of K outputs, which sets
-    the number of classes.
+    T minimises the cross-entropy of p on data that no member saw and on one more row of random label
+    (`calibrated`). The data are `held_out` (inputs, labels), or that share of the rows, drawn by the seed and
+    left out of training. `make` returns networks of K outputs, which sets the number of classes.
 
     Shapes: x (n, …), labels (n) from 0 to K − 1.
     Raises: InputError and DivergedError as `fit_ensemble`, and InputError for labels that are no integers

@@ -111,9 +111,9 @@ def load_table(
     """Read a table, make numbers of its columns and part the target from the features.
 
     A file .csv or .tsv has one row a line, those of empty cells passed over; what parts the cells (comma,
-    semicolon or tab) is seen in the first line. .parquet needs the extra of that name. .npz holds `X` (n, d), `y` (n) and perhaps published
-    splits, `train_index` and `test_index` (k, …). A column of words becomes a column of 0 and 1 for each
-    level, a single one for two levels. Columns that are constant are left out.
+    semicolon or tab) is seen in the first line. .parquet needs the extra of that name. .npz holds `X` (n, d),
+    `y` (n) and perhaps published splits, `train_index` and `test_index` (k, …). A column of words becomes a
+    column of 0 and 1 for each level, a single one for two levels. Columns that are constant are left out.
 
     Args:
         path: what is read; scikit-learn's diabetes when None is given.

@@ -258,7 +258,8 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocabulary, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache})
+        kept: dict[str, Any] = {CACHE: cache}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden, **kept)
 
 
 class GramianForMaskedLM(GramianPreTrainedModel):

@@ -29,7 +29,7 @@ PROCESS, DEEP, LINEAR = "ntkgp", "deep_ensemble", "ntkgp_lin"
 DENSE = 1500
 """Most rows that the Gaussian process is shown beside for."""
 
-EVIDENCE = 400
+EVIDENCE = 250
 """Most rows, drawn at random, that the evidence is taken of."""
 
 SHARED = 2000

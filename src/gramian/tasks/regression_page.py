@@ -18,7 +18,7 @@ from gramian.report.distribution import percent
 from gramian.report.intervals import DRAWN, against_truth, doubt, reliability, thinned
 from gramian.tasks.predict_page import check_free, plain, write_folder
 from gramian.tasks.regression import CONSTANT, Regression, Rows
-from gramian.tasks.regression_fit import DEEP, JITTER, PROCESS, RegressConfig, Trial
+from gramian.tasks.regression_fit import DEEP, JITTER, PROCESS, TRIED, RegressConfig, Trial
 from gramian.tasks.regression_scores import coverage_error, judged
 from gramian.train.run import versions
 
@@ -305,7 +305,9 @@ def _tried(found: Regression) -> Section:
     headings = ("setting", "noise variance", "σ_w", "σ_b", "steps")
     notes = ["All on the standardised scale. NLL: of the validation rows, the noise calibrated on the same."]
     if found.trials:
-        notes.append("On trial ensembles have at most 4 members. Members learn from the training rows alone.")
+        notes.append(
+            f"On trial ensembles have at most {TRIED} members. Members learn from the training rows alone."
+        )
     if PROCESS in found.predictions:
         notes.append(f"{PROCESS} adds {JITTER:g} of the mean of its kernel's diagonal to it (jitter).")
     noise = f"The noise of the intervals, calibrated, is {number(found.fitted.noise, 3)} on this scale"
