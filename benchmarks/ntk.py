@@ -2,8 +2,8 @@
 
 The forms are those of PyTorch's NTK tutorial. Contraction holds the Jacobian of every row, from
 `vmap(jacrev)`, and multiplies it parameter by parameter; NTK-vector products nest `vmap` over both sets of
-rows and the outputs. All kernels are float32 and full (all pairs of outputs). Peaks are what one kernel adds to a
-process of its own.
+rows and the outputs. All kernels are float32 and full (all pairs of outputs). Peaks are what one kernel adds
+to a process of its own.
 """
 
 import argparse

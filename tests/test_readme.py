@@ -22,7 +22,12 @@ def command(line: str) -> list[str]:
     if program == "make":
         return ["make", "--dry-run", "-C", str(ROOT), *arguments]  # the target and its recipe exist
     assert program == "gramian", line
-    smaller = {"train": SMALLER, "compare": SMALLER, "verify": "--steps 2 --seeds 0 1"}.get(arguments[0], "")
+    smaller = {
+        "train": SMALLER,
+        "compare": SMALLER,
+        "verify": "--steps 2 --seeds 0 1",
+        "regress": "--steps 10 --members 2 --widths 8",
+    }.get(arguments[0], "")
     return [sys.executable, "-m", "gramian", *arguments, *shlex.split(smaller)]
 
 

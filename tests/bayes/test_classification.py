@@ -108,6 +108,8 @@ def test_centred_one_hot() -> None:
     found = centred_one_hot(torch.tensor([2, 0], dtype=torch.int32), 4)
     assert found.tolist() == [[-0.25, -0.25, 0.75, -0.25], [0.75, -0.25, -0.25, -0.25]]
     assert found.sum(1).tolist() == [0, 0]
+    thirds = torch.eye(3, dtype=F64) - 1 / 3
+    assert torch.equal(centred_one_hot(torch.arange(3), 3).double(), thirds)  # not rounded to float32
 
 
 def test_members_regress_on_classes() -> None:
@@ -122,6 +124,14 @@ def test_members_regress_on_classes() -> None:
     again = fit_classifier(network, train, other, CONFIG, held_out=(kept, known))
     assert torch.equal(tenth.predict_probabilities(x), again.predict_probabilities(x))
     assert not torch.equal(tenth.predict_probabilities(x), found.predict_probabilities(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_are_integers_of_any_kind(dtype: torch.dtype) -> None:
+    x, labels = clusters(30)
+    config = dataclasses.replace(CONFIG, steps=3)
+    expected = fit_classifier(network, x, labels, config)
+    assert fit_classifier(network, x, labels.to(dtype), config).temperature == expected.temperature
 
 
 def test_probabilities_are_averaged_after_the_softmax() -> None:

@@ -54,6 +54,18 @@ def test_batches_take_every_row() -> None:
     assert (found.mean - ROWS).square().mean() < 0.05
 
 
+def test_rows_may_be_tokens() -> None:
+    words = torch.arange(40).view(20, 2) % 5
+
+    def reader() -> nn.Module:
+        return nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Dropout(0.1), nn.Linear(8, 1))
+
+    config = DropoutConfig(steps=200, learning_rate=1e-2, samples=20)
+    y = words[:, :1].float()
+    found = fit_dropout(reader, words, y, config).predict(words)
+    assert (found.mean - y).square().mean() < 0.3 * y.var()
+
+
 def test_other_layers_stay_as_at_evaluation() -> None:
     module = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1)).double()
     norm = module[1]

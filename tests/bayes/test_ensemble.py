@@ -145,6 +145,53 @@ def test_what_does_not_vary_at_initialisation_stays() -> None:
     assert not moved[:, 0].any()
 
 
+def test_what_has_no_prior_stays_where_the_anchor_is_zero() -> None:
+    variance = torch.full((1, 6), PRIOR["4.weight"])
+    variance[0, :3] = 0
+    given = {**PRIOR, "4.weight": variance}
+    for settings in ({"method": "rp_fn"}, {"method": "ntkgp_fn", "exact": True}):
+        found = fit_ensemble(network, X, Y, changed(prior=given, solver="exact", **settings)).trained
+        assert found.tangent is not None
+        moved = found.tangent["4.weight"][:, 0] != 0
+        assert not moved[:, :3].any()
+        assert moved[:, 3:].all()
+
+
+class Idle(nn.Module):
+    """Holds a layer that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle, self.last = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_that_is_never_called_does_no_harm(method: str) -> None:
+    config = changed(method=method, prior=None, learning_rate=0.05)
+    found = fit_ensemble(Idle, X, Y, config)
+    assert found.functions(OTHER).isfinite().all()
+    if method == "deep_ensemble":
+        start = fit_ensemble(Idle, X, Y, dataclasses.replace(config, learning_rate=1e-9)).trained.networks[0]
+        moved = {name: (value - start[name]).abs().max() for name, value in found.trained.networks[0].items()}
+        assert moved["idle.weight"] == 0
+        assert moved["last.weight"] > 0.1
+
+
+def test_a_network_that_torch_compiles_is_the_same() -> None:
+    found = fit_ensemble(lambda: torch.compile(network()), X, Y, CONFIG)  # type: ignore[arg-type, return-value]
+    assert torch.equal(found.functions(OTHER), fit_ensemble(network, X, Y, CONFIG).functions(OTHER))
+
+
+def test_an_auxiliary_network_may_be_of_another_precision() -> None:
+    config = changed(method="ntkgp_lin")
+    single = network()
+    found = fit_ensemble(network, X, Y, config, auxiliary=single).functions(OTHER)
+    assert torch.equal(found, fit_ensemble(network, X, Y, config, auxiliary=single.double()).functions(OTHER))
+
+
 class Branching(nn.Module):
     """Goes one of two ways by its parameters."""
 
@@ -235,7 +282,7 @@ def test_of_heteroscedastic_members_the_offset_moves_the_mean_alone() -> None:
 def test_bad_input() -> None:
     nan = torch.full_like(Y, math.nan)
     norm = lambda: nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))  # noqa: E731
-    fixed = network()
+    fixed, linear = network(), changed(method="ntkgp_lin")
     for call, words in (
         (lambda: fit_ensemble(network, X, Y, changed(members=1)), "at least 2 members"),
         (lambda: fit_ensemble(network, X, Y, changed(method="swag")), "unknown method 'swag'"),
@@ -250,6 +297,8 @@ def test_bad_input() -> None:
         (lambda: fit_ensemble(network, X, Y, changed(last_layer="2")), "not linear in 2"),
         (lambda: fit_ensemble(network, X, Y, CONFIG, share=(3, 3)), "rank < world"),
         (lambda: fit_ensemble(network, X, Y, CONFIG, auxiliary=fixed), "for ntkgp_lin"),
+        (lambda: fit_ensemble(network, X, Y, linear, auxiliary=nn.Linear(2, 1)), "another architecture"),
+        (lambda: fit_ensemble(network, X, Y, linear, auxiliary=network(widths=(7, 6))), "another architecture"),
         (lambda: fit_ensemble(network, X, Y[:-1], CONFIG), "for these inputs"),
         (lambda: fit_ensemble(network, X, nan, CONFIG), "finite"),
         (lambda: fit_ensemble(network, X * math.inf, Y, CONFIG), "finite"),

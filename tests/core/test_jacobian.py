@@ -91,6 +91,18 @@ def test_a_transformer_of_tokens() -> None:
     torch.testing.assert_close(along, flat(expected, 2) @ flat(tangent, 0), rtol=0, atol=1e-11)
 
 
+def test_torchs_own_transformer_in_forward_mode() -> None:
+    """At evaluation it goes a fast way that has no derivative in forward mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double().eval()
+    f, x = function(nn.Sequential(layer, nn.Flatten())), rows(2, 3, 4)
+    tangent = {name: rows(*p.shape, seed=3) for name, p in f.parameters.items()}
+    with torch.no_grad():
+        along = jvp(f, x, tangent)
+    torch.testing.assert_close(along, flat(one_by_one(f, x), 2) @ flat(tangent, 0), rtol=0, atol=1e-11)
+
+
 def test_both_products_are_products_with_the_jacobian() -> None:
     f, x = function(mlp()), rows(6, 5)
     matrix = flat(jacobian(f, x), 2)

@@ -102,6 +102,13 @@ def test_scores_are_those_of_the_formulas() -> None:
     assert found.crps == pytest.approx(sum(scores) / 3, rel=1e-6)
 
 
+def test_the_ends_of_an_interval_are_in_it() -> None:
+    prediction = Predictive.gaussian(torch.zeros(2, dtype=torch.float64), 1.0)
+    ends = torch.stack([end[0] for end in prediction.interval(0.9)])
+    assert judged(prediction, ends, 0.9).coverage == 1  # the level is not rounded to float32
+    assert judged(prediction, 1.0001 * ends, 0.9).coverage == 0
+
+
 @pytest.mark.parametrize(("scale", "spread"), [(1.0, 0.4), (1e-3, 2.0), (5.0, 0.0)])
 def test_the_noise_is_that_of_greatest_likelihood(scale, spread) -> None:
     random = np.random.default_rng(0)

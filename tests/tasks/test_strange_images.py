@@ -234,7 +234,7 @@ def outcome(method: str, seed: int, accuracy: float) -> Outcome:
 def test_the_summary_has_means_and_standard_errors() -> None:
     found = [outcome("one", 0, 0.5), outcome("one", 1, 0.7), outcome("two", 0, 0.4)]
     mean, error = summary(found)["accuracy"]["one"]
-    assert mean == pytest.approx(0.6)
+    assert mean == pytest.approx(0.6, rel=1e-14)
     assert error == pytest.approx(0.1)
     assert math.isnan(summary(found)["accuracy"]["two"][1])
     lines = markdown(found).splitlines()
@@ -257,6 +257,9 @@ def test_the_summary_has_means_and_standard_errors() -> None:
         ({"noise": (0.0,)}, "noise must be one positive number or more"),
         ({"weight_std": ()}, "weight_std must be one positive number or more"),
         ({"activation": "step"}, "unknown activation"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"bias_std": -0.1}, "bias_std must be at least 0"),
+        ({"widths": (8, 0)}, "layers must be at least 1 wide"),
         ({"images": Path("nowhere.npz")}, "no file or folder"),
         ({"seeds": ()}, "one seed"),
         ({"test": 0.001, "left_out": (0, 1, 2)}, "no (test|left out) image remains"),

@@ -63,7 +63,7 @@ def fit_ensemble(
         1806.03335; deep_ensemble: Lakshminarayanan, Pritzel, Blundell 2017, arXiv 1612.01474.
     """
     job = prepared(make, x, y, config, "squared_error", share, auxiliary)
-    variance = torch.as_tensor(config.noise_variance if job.noisy else 0.0).to(job.y)
+    variance = job.y.new_tensor(config.noise_variance if job.noisy else 0.0)
     targets = noisy(job.y, variance, config.seed, job.numbers)
     if job.solver == "exact":
         return solved(job, targets, progress)

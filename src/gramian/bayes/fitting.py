@@ -145,26 +145,29 @@ class Regulariser:
 
         ½ weight ‖θ − a‖²_Λ,  ‖v‖²_Λ = Σ_j v_j²/Λ_j over parameters with Λ_j > 0
 
-    Shapes: θ, a (members, …), `precision` 1/Λ broadcasts to a member's -> (members).
+    Shapes: θ, a (members, …), `precision` = weight/Λ broadcasts to a member's.
     Holds: exactly.
     """
 
     anchor: State
     precision: Parameters
-    weight: float
 
     @classmethod
     def of(cls, anchor: State, prior: Parameters, weight: float) -> "Regulariser":
         """Make it of the variances Λ."""
-        return cls(anchor, {name: reciprocal(variance) for name, variance in prior.items()}, weight)
+        return cls(anchor, {name: weight * reciprocal(variance) for name, variance in prior.items()})
 
-    def __call__(self, parameters: State) -> Float[Tensor, " members"]:
+    def value(self, parameters: State) -> Float[Tensor, " members"]:
         """Return it for every member."""
         terms = [
-            ((value - self.anchor[name]).square() * self.precision[name]).flatten(1).sum(1)
+            ((value.detach() - self.anchor[name]).square() * self.precision[name]).flatten(1).sum(1)
             for name, value in parameters.items()
         ]
-        return 0.5 * self.weight * torch.stack(terms).sum(0)
+        return 0.5 * torch.stack(terms).sum(0)
+
+    def slope(self, name: str, parameter: Tensor) -> Tensor:
+        """Return its gradient by one parameter of every member."""
+        return (parameter.detach() - self.anchor[name]).mul_(self.precision[name])
 
 
 def reciprocal(variance: Tensor) -> Tensor:
@@ -191,8 +194,9 @@ def train(
     count: int,
     schedule: Schedule,
     progress: Callable[[int], None],
+    regulariser: Regulariser | None = None,
 ) -> tuple[State, Float[Tensor, " members"]]:
-    """Minimise the loss of every member by one optimiser over the stack; no member touches another.
+    """Minimise loss and regulariser of every member by one optimiser; no member touches another.
 
     Parameters stay where Λ is 0. A member is done at the first step at which √(Σ_j Λ_j (∂ℓ/∂θ_j)²) is at most
     the tolerance; training ends when all are, or after the last step. All members see the same batches.
@@ -210,13 +214,17 @@ def train(
     losses = torch.zeros(len(leaves[0])).to(leaves[0])
     for step, rows in zip(range(schedule.steps), _batches(count, schedule), strict=False):
         losses = loss(theta, rows)
-        for leaf, gradient in zip(leaves, torch.autograd.grad(losses.sum(), leaves), strict=True):
-            leaf.grad = gradient.contiguous()  # the fused optimisers read memory as it lies
-        for name, where in held.items():
-            theta[name].grad.masked_fill_(where, 0)  # type: ignore[union-attr]
-        if step % 100 == 0 or step == schedule.steps - 1:
+        gradients = torch.autograd.grad(losses.sum(), leaves)
+        for (name, leaf), gradient in zip(theta.items(), gradients, strict=True):
+            # contiguous, since the fused optimisers read memory as it lies
+            slope = regulariser.slope(name, leaf).add_(gradient) if regulariser else gradient.contiguous()
+            leaf.grad = slope.masked_fill_(held[name], 0) if name in held else slope
+        ended = (schedule.tolerance > 0 and done.all(theta)) or step == schedule.steps - 1
+        if ended and regulariser is not None:
+            losses = losses + regulariser.value(theta)
+        if ended or step % 100 == 0:
             _check_finite(losses, step)
-        if schedule.tolerance and done.all(theta):
+        if ended and done.reached.all():
             break
         optimiser.step()
         cosine.step()

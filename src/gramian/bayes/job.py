@@ -148,15 +148,14 @@ def trained(job: Job, targets: Tensor, progress: Callable[[int], None], optimise
         regulariser = Regulariser.of(anchor, job.scale, weight)
 
     def loss(theta: State, rows: Rows) -> Tensor:
-        found = job.known.loss(outputs(theta, job.x[rows]) + offset[:, rows], targets[:, rows], job.y[rows])
-        return found if regulariser is None else found + regulariser(theta)
+        return job.known.loss(outputs(theta, job.x[rows]) + offset[:, rows], targets[:, rows], job.y[rows])
 
     config = job.config
     schedule = Schedule(
         steps=config.steps, learning_rate=config.learning_rate, batch=config.batch,
         tolerance=config.tolerance, seed=config.seed, optimiser=optimiser,
     )  # fmt: skip
-    theta, losses = train(job.start, loss, job.scale, len(job.x), schedule, progress)
+    theta, losses = train(job.start, loss, job.scale, len(job.x), schedule, progress, regulariser)
     if job.recipe.linear:
         return job.ensemble(FunctionSum((), job.primal, theta), losses)
     return job.ensemble(FunctionSum(({**constants, **theta},)), losses)

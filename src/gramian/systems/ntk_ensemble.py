@@ -85,7 +85,7 @@ def paper(which: str = "tables") -> Config:
     return Config(
         toy=ToyConfig(width=512),
         tables=TableStudy(fitting=fitting),
-        images=StrangeConfig(limit=3000, pool=2, seeds=(0, 1, 2)),  # CHECK
+        images=StrangeConfig(limit=2000, pool=2, seeds=(0, 1, 2)),
         name="ntk_ensemble_tables",
     )
 

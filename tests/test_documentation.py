@@ -1,0 +1,29 @@
+"""The programs of documentation pages run as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def programs(page: str, heading: str) -> list[str]:
+    """Return the Python programs of a page from a heading on."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text[text.index(heading) :], flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("page", "heading"), [("ntk_ensemble.md", "## From Python"), ("frameworks.md", "## scikit-learn")]
+)
+def test_programs_run(page: str, heading: str, tmp_path: Path) -> None:
+    (program,) = programs(page, heading)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
