@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from gramian.nn.residual import Residual, trainable
 from gramian.nn.resnet import conv_resnet, dense_resnet
@@ -104,6 +105,32 @@ class Placed(nn.Module):
         return self.readout(self.mixer(hidden, hidden, hidden, need_weights=False)[0].mean(1))
 
 
+class Queried(nn.Module):
+    """Hands a parameter to a linear map of torch as its input, and the rows as its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.readout = nn.Parameter(torch.randn(3, 4)), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.readout(torch.tanh(nn.functional.linear(self.queries, x).T))
+
+
+class Masked(nn.Module):
+    """Reads a parameter only where there is a row of positive sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 2)
+        self.extra = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, chosen = torch.tanh(self.first(x)), x.sum(1, keepdim=True) > 0
+        if chosen.any():
+            hidden = torch.where(chosen, hidden @ self.extra, hidden)
+        return self.second(hidden)
+
+
 class Branching(nn.Module):
     """Sends rows one of two ways by their data."""
 
@@ -176,6 +203,19 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Tensor]]]
     "transposed": (Transposed, lambda n, seed: rows(n, 3, 4, seed=seed)),
     "placed": (Placed, lambda n, seed: tokens(n, 5, 7, seed)),
     "padded": (lambda: Placed(2), lambda n, seed: tokens(n, 5, 7, seed)),
+    "queried": (Queried, lambda n, seed: rows(n, 4, seed=seed)),
+    "prelu": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, 5)),
+        lambda n, seed: rows(n, 4, seed=seed),
+    ),
+    "weight_norm": (
+        lambda: nn.Sequential(weight_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 2)),
+        lambda n, seed: rows(n, 4, seed=seed),
+    ),
+    "masked": (
+        Masked,
+        lambda n, seed: rows(n, 4, seed=seed).abs() * torch.where(torch.arange(n) < 2, -1, 1)[:, None],
+    ),
     "branching": (Branching, lambda n, seed: rows(n, 3, seed=seed)),
     "tied_transformer": (lambda: transformer(depth=1), lambda n, seed: tokens(n, 3, 7, seed)),
     "transformer": (

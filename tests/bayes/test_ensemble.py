@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from ensemble_oracles import OTHER, PRIOR, SPREADS, X, Y, network, trained_alone
 from gramian.bayes.ensemble import METHODS, EnsembleConfig, fit_ensemble, fit_heteroscedastic, join
@@ -180,8 +181,19 @@ def test_a_layer_that_is_never_called_does_no_harm(method: str) -> None:
         assert moved["last.weight"] > 0.1
 
 
+class Compiled(nn.Module):
+    """As torch.compile wraps a module, whose import alone takes seconds."""
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        super().__init__()
+        self._orig_mod = module or network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._orig_mod(x)
+
+
 def test_a_network_that_torch_compiles_is_the_same() -> None:
-    found = fit_ensemble(lambda: torch.compile(network()), X, Y, CONFIG)  # type: ignore[arg-type, return-value]
+    found = fit_ensemble(Compiled, X, Y, CONFIG)
     assert torch.equal(found.functions(OTHER), fit_ensemble(network, X, Y, CONFIG).functions(OTHER))
 
 
@@ -189,7 +201,8 @@ def test_an_auxiliary_network_may_be_of_another_precision() -> None:
     config = changed(method="ntkgp_lin")
     single = network()
     found = fit_ensemble(network, X, Y, config, auxiliary=single).functions(OTHER)
-    assert torch.equal(found, fit_ensemble(network, X, Y, config, auxiliary=single.double()).functions(OTHER))
+    for other in (single.double(), Compiled(single.double())):
+        assert torch.equal(found, fit_ensemble(network, X, Y, config, auxiliary=other).functions(OTHER))
 
 
 class Branching(nn.Module):
@@ -243,6 +256,11 @@ def test_modules_of_other_kinds() -> None:
     placed = fit_ensemble(Placed, words, rows(6, 2).float(), changed(prior=None, steps=3))
     assert placed.stack.vmapped
     assert placed.functions(words).shape == (3, 6, 2)
+    normed = fit_ensemble(
+        lambda: nn.Sequential(weight_norm(nn.Linear(2, 4)), nn.Tanh(), nn.Linear(4, 1)), X, Y,
+        changed(prior=None, steps=3),
+    )  # fmt: skip
+    assert normed.functions(OTHER).isfinite().all()
     branching = fit_ensemble(Branching, X, Y, changed(prior=None, members=6))
     assert not branching.stack.vmapped
     for m, values in enumerate(branching.functions(OTHER) - branching.offset(branching.stack, OTHER, 9)):
@@ -282,7 +300,7 @@ def test_of_heteroscedastic_members_the_offset_moves_the_mean_alone() -> None:
 def test_bad_input() -> None:
     nan = torch.full_like(Y, math.nan)
     norm = lambda: nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))  # noqa: E731
-    fixed, linear = network(), changed(method="ntkgp_lin")
+    fixed, narrow, linear = network(), network(widths=(7, 6)), changed(method="ntkgp_lin")
     for call, words in (
         (lambda: fit_ensemble(network, X, Y, changed(members=1)), "at least 2 members"),
         (lambda: fit_ensemble(network, X, Y, changed(method="swag")), "unknown method 'swag'"),
@@ -298,7 +316,7 @@ def test_bad_input() -> None:
         (lambda: fit_ensemble(network, X, Y, CONFIG, share=(3, 3)), "rank < world"),
         (lambda: fit_ensemble(network, X, Y, CONFIG, auxiliary=fixed), "for ntkgp_lin"),
         (lambda: fit_ensemble(network, X, Y, linear, auxiliary=nn.Linear(2, 1)), "another architecture"),
-        (lambda: fit_ensemble(network, X, Y, linear, auxiliary=network(widths=(7, 6))), "another architecture"),
+        (lambda: fit_ensemble(network, X, Y, linear, auxiliary=narrow), "another architecture"),
         (lambda: fit_ensemble(network, X, Y[:-1], CONFIG), "for these inputs"),
         (lambda: fit_ensemble(network, X, nan, CONFIG), "finite"),
         (lambda: fit_ensemble(network, X * math.inf, Y, CONFIG), "finite"),

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from gramian.bayes import ntk_structure
 from gramian.bayes.ntk import METHODS, _vector_cost, ntk, ntk_diagonal
-from gramian.bayes.ntk_layers import PAIRINGS, Kronecker, Work
+from gramian.bayes.ntk_layers import PAIRINGS, Features, Kronecker, Work
+from gramian.bayes.ntk_operator import NTKOperator
 from gramian.bayes.ntk_structure import Structure, structure
 from gramian.core.jacobian import function, jacobian_gram, scales
 from gramian.errors import InputError
@@ -19,6 +20,9 @@ LEFT = {
     "by_hand": {"second"},
     "transposed": {"first.weight", "first.bias"},
     "placed": {"places.weight", "start", *(f"mixer.{n}" for n in ("in_proj_weight", "in_proj_bias"))},
+    "queried": {"queries"},
+    "prelu": {"1.weight"},
+    "weight_norm": {f"0.parametrizations.weight.original{place}" for place in (0, 1)},
     "branching": {"ways.0.weight", "ways.0.bias", "ways.1.weight", "ways.1.bias"},
     "tied_transformer": {"embedding.weight", "positions.weight"},
 }
@@ -209,11 +213,22 @@ def test_float32_single_outputs_and_modules_left_alone() -> None:
     torch.testing.assert_close(found.double(), ntk(module.double(), x), rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_but_the_result_is_held_when_memory_is_short() -> None:
-    found = structure_of(make("mlp"), rows(8, 5))
-    assert found.numbers >= sum(layer.numbers for layer in found.layers) > 0
+def test_rows_are_taken_in_parts_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = make("mlp"), rows(9, 5)
-    assert_same(ntk(module, x, memory=2 * 8 * found.numbers * 4), ntk(module, x))  # four rows at a time
+    found, expected, taken = structure_of(module, x), ntk(module, x), []
+    assert found.numbers >= sum(layer.numbers for layer in found.layers) > 0
+    features = Structure.features
+
+    def counted(known: Structure, part: Tensor) -> list[Features]:
+        taken.append(len(part))
+        return features(known, part)
+
+    monkeypatch.setattr(Structure, "features", counted)
+    assert_same(ntk(module, x, memory=2 * 8 * found.numbers * 4), expected)
+    assert taken[:3] == [4, 4, 1]
+    taken.clear()
+    ntk(module, x[:2], x)
+    assert taken == [2, 9]
 
 
 def test_modules_that_are_no_function_of_a_row() -> None:
@@ -228,6 +243,24 @@ def test_modules_that_are_no_function_of_a_row() -> None:
     assert ntk(module.eval(), x).shape == (6, 8, 6, 8)
     with pytest.raises(InputError, match="eval"):
         ntk(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).double(), x)
+
+
+def test_a_single_row_or_the_same_one_again_does_not_hide_what_rows_do() -> None:
+    class Flipped(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input.flip(0)).flip(0)
+
+    class Centred(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input - input.mean(0))
+
+    y = rows(4, 3, seed=1)
+    for x in (rows(1, 3), rows(1, 3).expand(2, 3)):
+        expected = torch.eye(2).double().view(1, 2, 1, 2) * (x @ y.T + 1)[:, None, :, None]
+        assert_same(ntk(Flipped(3, 2).double(), x, y, method="structured"), expected)
+        for kernel in (ntk, NTKOperator):
+            with pytest.raises(InputError, match="whatever rows stand beside"):
+                kernel(Centred(3, 2).double(), x, y)
 
 
 def test_bad_input() -> None:

@@ -44,6 +44,7 @@ def test_help_of_both_modes(capsys) -> None:
     [
         ("--gamma", "1.5", "must lie in [0, 1]"),
         ("--tau0", "-1", "must be positive"),
+        ("--tau0", "1e-200", "must be positive"),
         ("--tokens", "1", "tokens must be at least 2"),
         ("--width", "0", "width must be at least 1"),
         ("--depth", "0", "depth must be at least 1"),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from gramian.core.jacobian import Function, function, jacobian, jacobian_gram, jvp, scales, vjp
 from gramian.errors import InputError
@@ -101,6 +102,30 @@ def test_torchs_own_transformer_in_forward_mode() -> None:
     with torch.no_grad():
         along = jvp(f, x, tangent)
     torch.testing.assert_close(along, flat(one_by_one(f, x), 2) @ flat(tangent, 0), rtol=0, atol=1e-11)
+
+
+def test_an_operation_without_a_derivative_in_forward_mode() -> None:
+    module = nn.Sequential(weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 2)).double()
+    module.register_parameter("unused", nn.Parameter(torch.ones(2).double()))
+    f, x = function(module), rows(5, 4)
+    matrix = flat(one_by_one(f, x), 2)
+    tangent = {name: rows(*p.shape, seed=3).requires_grad_() for name, p in f.parameters.items()}
+    along = jvp(f, x, tangent)
+    torch.testing.assert_close(along, matrix @ flat(tangent, 0), rtol=0, atol=1e-12)
+    (pulled,) = torch.autograd.grad(along[0, 1], tangent["2.weight"])  # it is differentiable by the tangent
+    torch.testing.assert_close(pulled, one_by_one(f, x)["2.weight"][0, 1], rtol=0, atol=1e-12)
+    with torch.no_grad():
+        assert not jvp(f, x, tangent).requires_grad
+
+
+def test_as_many_rows_as_outputs() -> None:
+    """torch's own vmap of the derivative of PReLU takes one for the other."""
+    for module in (nn.PReLU(4), nn.PReLU()):
+        f, x = function(nn.Sequential(nn.Linear(4, 4), module, nn.Linear(4, 3)).double()), rows(3, 4)
+        expected = one_by_one(f, x)
+        for at_once in (3, 256):
+            for name, value in jacobian(f, x, at_once).items():
+                torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-13)
 
 
 def test_both_products_are_products_with_the_jacobian() -> None:

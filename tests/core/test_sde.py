@@ -167,6 +167,19 @@ def test_square_roots_of_definite_deficient_and_indefinite_matrices() -> None:
     torch.testing.assert_close(root @ root.mT, indefinite.clamp(min=0))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("m", [2, 3, 8])
+def test_what_is_not_finite_has_no_square_root_and_spoils_no_other(m, bad) -> None:
+    eye = torch.eye(m, dtype=torch.float64)
+    lost = torch.full_like(eye, bad)
+    root = square_root(torch.stack((eye, lost, torch.ones_like(eye))))
+    assert not root[1].isfinite().all()
+    torch.testing.assert_close(root[[0, 2]] @ root[[0, 2]].mT, torch.stack((eye, torch.ones_like(eye))))
+    noise = torch.tensor([1, bad])[:, None, None]
+    found = integrate(lambda v, h, dw: square_root(v * dw), eye.expand(2, m, m), [(1.0, noise)])
+    assert found.exploded.tolist() == [False, True]
+
+
 def test_what_cannot_be_followed_is_named() -> None:
     path = Brownian(seed=0, shape=(1,), end=1.0, steps=2)
     start = torch.ones(1, dtype=torch.float64)

@@ -115,6 +115,7 @@ def test_bad_input() -> None:
         (lambda: mlp(3, 1, widths=(4, 0)), "positive numbers of features"),
         (lambda: mlp(3, 1, weight_std=0.0), "positive standard deviation"),
         (lambda: mlp(3, 1, bias_std=-0.1), "at least 0"),
+        (lambda: mlp(3, 1, dropout=1.0), "rate of dropout"),
         (lambda: prior_variances(nn.Sequential(nn.Linear(2, 3))), "prior of 0.weight"),
     ):
         with pytest.raises(InputError, match=words):

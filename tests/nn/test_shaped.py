@@ -22,6 +22,7 @@ from gramian.nn.shaped import CentredMixing, FanInLinear, ShapedReLU, shaped
 from gramian.nn.tailored import TailoredLeakyReLU
 from gramian.nn.transformer import TransformerConfig, build
 from gramian.tasks.predict import PredictConfig, predict
+from gramian.theory.covariance_sde import ShapedAttention, ShapedMLP, covariance
 
 PARTS = Parts(width=64, heads=4, depth=12, layer=1, mlp_width=128, branch_gain=0.4)
 START = torch.tensor([[1.0, 0.3, 0.1], [0.3, 1.2, 0.4], [0.1, 0.4, 0.8]], dtype=torch.float64)
@@ -72,6 +73,45 @@ def test_attention_moves_the_covariance_as_the_limit_says(causal, heads, head_wi
     for control in (UncentredMixing, HotMixing):
         away, _ = attention_drift(control(causal=causal), heads, head_width)
         assert (away - drift).abs().max() > 1
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_heads_share_the_noise_of_attention(heads) -> None:
+    """Σ = γ²(2 − γ²) Σ_linear + γ⁴/(τ₀² H) 𝒜 for H heads: what each adds is independent of the others."""
+    gamma, tau0, width = 0.8, 0.4, 64
+    factor, mixing = torch.linalg.cholesky(START), CentredMixing(tau0, causal=False)
+    x, moved = math.sqrt(width) * nn.functional.pad(factor, (0, width - 3)), []
+    for seed in range(0, 24, 3):
+        q, k = (factor @ normal(3000, heads, 3, width // heads, seed=seed + each) for each in (0, 1))
+        values = x @ normal(3000, width, width, seed=seed + 2) / width**0.5
+        values = values.unflatten(-1, (heads, width // heads)).transpose(1, 2)
+        new = math.sqrt(1 - gamma**2) * x + gamma * mixing(q, k, values).transpose(1, 2).flatten(2)
+        moved.append(new @ new.mT / width)
+    rows, columns = torch.triu_indices(3, 3)
+    found = width * torch.cov(torch.cat(moved)[:, rows, columns].mT)
+    linear = covariance(ShapedAttention(gamma, 1e9), START)
+    mixed = covariance(ShapedAttention(gamma, tau0), START) - linear
+    share = ((found - linear) * mixed).sum() / mixed.square().sum()
+    assert share.item() == pytest.approx(1 / heads, abs=0.15)
+
+
+@pytest.mark.parametrize("wider", [1, 4])
+def test_a_wider_mlp_has_less_noise(wider) -> None:
+    """Σ = (2λ²γ² + γ⁴(1 + n/hidden)) Σ_linear, which is 2γ² Σ_linear at hidden = n alone."""
+    gamma, width, moved = 0.8, 32, []
+    factor, activation = torch.linalg.cholesky(START), ShapedReLU(10**8)
+    x = math.sqrt(width) * nn.functional.pad(factor, (0, width - 3))
+    for seed in range(0, 12, 2):
+        hidden = activation(factor @ normal(3000, 3, wider * width, seed=seed))
+        branch = hidden @ normal(3000, wider * width, width, seed=seed + 1) / (wider * width) ** 0.5
+        new = math.sqrt(1 - gamma**2) * x + gamma * branch
+        moved.append(new @ new.mT / width)
+    rows, columns = torch.triu_indices(3, 3)
+    found = width * torch.cov(torch.cat(moved)[:, rows, columns].mT)
+    linear = covariance(ShapedMLP(1.0, 0.0, 0.0), START) / 2
+    share = (found * linear).sum() / linear.square().sum()
+    expected = 2 * (1 - gamma**2) * gamma**2 + gamma**4 * (1 + 1 / wider)
+    assert share.item() == pytest.approx(expected, rel=0.06)
 
 
 @both

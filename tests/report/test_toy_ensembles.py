@@ -29,6 +29,9 @@ def test_a_panel_for_each_method() -> None:
 
 
 def test_rows_have_to_fit() -> None:
-    for shown in ([], [panel("short", mean=[1.0])], [panel("short", limit=[1.0])]):
+    for shown in (
+        [],
+        *([panel("short", **{row: [1.0]})] for row in ("mean", "deviation", "limit_mean", "limit")),
+    ):
         with pytest.raises(InputError, match="as many values as xs"):
             panels(XS, shown, [0.0], [1.0])

@@ -32,6 +32,7 @@ from gramian.tasks.covariance_page import (
     trouble,
     write_report,
 )
+from gramian.tasks.samples import Summary
 
 SMALL = CovarianceConfig(depth=16, width=32, tokens=3, gamma=0.4, paths=600, networks=0, region=False)
 
@@ -176,6 +177,29 @@ def test_when_no_path_is_left(tmp_path) -> None:
     assert written["theory"]["through"][NORM][-1]["mean"] is None
 
 
+def test_of_one_path_there_is_no_distribution() -> None:
+    prediction = predict_covariance(replace(SMALL, paths=10))
+    theory, nothing = prediction.theory, Summary([math.nan] * 5, math.nan, math.nan)
+    through = {name: [*rows[:-1], nothing] for name, rows in theory.through.items()}
+    final = {name: values[:1] for name, values in theory.final.items()}
+    lost = replace(theory.blown_up, count=9, fraction=0.9)
+    alone = replace(theory, through=through, final=final, blown_up=lost)
+    said = sentences(replace(prediction, theory=alone), SMALL)[0]
+    assert said.startswith("Unstable: at depth/width 0.5 one path is left; ")
+    assert "nan" not in said
+
+
+def test_collapse_is_that_at_the_depth_asked_for_whatever_is_looked_at_beyond(tmp_path) -> None:
+    """The column of the τ₀ asked for is followed to twice the depth, and paths may blow up there."""
+    near = saved(tmp_path / "near.npy", 10 * np.array([[1, 0.985], [0.985, 1]]))
+    config = replace(SMALL, gram=near, gamma=0.6, paths=2, region=True)
+    regions = [predict_covariance(replace(config, tau0=tau0)).region for tau0 in (0.5, 1.0)]
+    one, other = (region for region in regions if region is not None)
+    assert one.taus == other.taus
+    assert one.collapsed == other.collapsed
+    assert max(map(max, one.collapsed)) > 0.3
+
+
 def test_collapse_is_seen_unless_tokens_start_as_one() -> None:
     near = predict_covariance(replace(SMALL, correlation=0.994, gamma=0.2))
     assert near.theory.collapsed.fraction > 0.02
@@ -297,9 +321,11 @@ def test_steps_need_not_meet_the_blocks() -> None:
         ({"correlation": -0.6}, "3 tokens can all correlate at -0.5 to 1 with one another, got -0.6"),
         ({"correlation": 1.1}, "can all correlate"),
         ({"correlation": math.nan}, "can all correlate"),
-        ({"positive": -6.0}, "positive above −√width"),
+        ({"positive": -6.0}, "positive must be above −√width"),
         ({"width": 2, "networks": 9}, "width of at least their 3 tokens, got 2"),
-        ({"negative": math.nan}, "negative must be finite"),
+        ({"negative": math.nan}, "c₊ and c₋ of a shaped ReLU must be finite"),
+        ({"positive": math.nan}, "c₊ and c₋ of a shaped ReLU must be finite"),
+        ({"tau0": 1e-200}, "must be positive and finite"),
     ],
 )
 def test_settings_that_cannot_be_used(settings, words) -> None:
@@ -325,6 +351,27 @@ def test_files_of_covariances(tmp_path) -> None:
             predict_covariance(replace(SMALL, gram=saved(tmp_path / f"{name}.npy", array)))
     with pytest.raises(InputError, match="no such file"):
         predict_covariance(replace(SMALL, gram=tmp_path / "absent.npy"))
+    whole = gram.read_bytes()
+    pickled = tmp_path / "pickled.npy"
+    np.save(pickled, np.array([{}, []], dtype=object), allow_pickle=True)
+    for name, content in (
+        ("empty", b""),
+        ("words", b"1.0 0.3"),
+        ("half", whole[:-40]),
+        ("zip", b"PK\x03\x04 and no more"),
+        ("pickled", pickled.read_bytes()),
+    ):
+        (path := tmp_path / f"{name}.npy").write_bytes(content)
+        with pytest.raises(InputError, match=r"no \.npy of numbers"):
+            predict_covariance(replace(SMALL, gram=path))
+
+
+def test_a_covariance_too_large_for_floats_blows_up(tmp_path) -> None:
+    """Networks need not: their softmax saturates."""
+    gram = saved(tmp_path / "huge.npy", 1e200 * np.eye(3))
+    prediction = predict_covariance(replace(SMALL, gram=gram, paths=5, networks=3))
+    assert prediction.theory.blown_up.count == 5
+    assert "no path is left" in sentences(prediction, SMALL)[0]
 
 
 def test_report(tmp_path) -> None:

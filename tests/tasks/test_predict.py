@@ -108,7 +108,10 @@ def block(width: int, seed: int) -> nn.Module:
 
 
 def test_a_module_of_ones_own() -> None:
-    layers = nn.Sequential(nn.Linear(10, 512), *(block(512, seed) for seed in range(20)))
+    first = nn.Linear(10, 512)
+    for parameter in first.parameters():
+        nn.init.uniform_(parameter, -(10**-0.5), 10**-0.5, generator=torch.Generator().manual_seed(20))
+    layers = nn.Sequential(first, *(block(512, seed) for seed in range(20)))
     prediction = predict_module(layers, normal(4, 10).float())
     assert prediction.verdict.kind == "exploding"
     (measured,) = prediction.measured

@@ -230,6 +230,26 @@ def test_a_setting_that_diverges_is_passed_over(table, monkeypatch) -> None:
         regress(replace(QUICK, table=table, learning_rate=1e9))
 
 
+def test_linear_members_share_a_linearisation_where_rows_are_many(table, monkeypatch) -> None:
+    fit, shared = regression_fit.fit_ensemble, []
+
+    def watched(*arguments, auxiliary, **more):
+        shared.append(auxiliary)
+        return fit(*arguments, auxiliary=auxiliary, **more)
+
+    monkeypatch.setattr(regression_fit, "fit_ensemble", watched)
+    config = replace(QUICK, table=table, method=LINEAR)
+    regress(config)
+    assert shared == [None] * len(shared)
+    shared.clear()
+    before = torch.random.get_rng_state()
+    monkeypatch.setattr(regression_fit, "SHARED", 50)  # of 51 training rows
+    found = regress(config)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(isinstance(each, torch.nn.Module) for each in shared)
+    assert found.scores[LINEAR].rmse < 0.5 * found.scores[CONSTANT].rmse
+
+
 @pytest.mark.parametrize("method", ["ntkgp_param", LINEAR, PROCESS])
 def test_far_rows_are_told_from_near_ones(tmp_path, table, method) -> None:
     near = [row[:2] for row in rows_of(40, seed=9)]

@@ -75,7 +75,7 @@ def test_rows_beyond_lie_above_those_learnt_from(path: Path) -> None:
     assert table.x[inner, 0].amax() > table.x[split.test, 0].amin()  # control: not so in another feature
 
 
-def test_large_tables_have_fewer_splits_more_steps_and_no_regions(path: Path, tmp_path: Path) -> None:
+def test_large_tables_have_fewer_splits_steps_of_their_own_and_no_regions(path: Path, tmp_path: Path) -> None:
     study = TableStudy(
         tables=(path,), methods=("deep_ensemble",), large=120, large_splits=1, large_steps=3, fitting=FITTING
     )

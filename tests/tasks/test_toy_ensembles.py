@@ -63,10 +63,10 @@ def test_far_is_away_from_the_data() -> None:
         ({"methods": ()}, "needs a method"),
         ({"members": 1}, "width and members need 1 and 2 or more"),
         ({"width": 0}, "width and members need"),
-        ({"steps": 0}, "steps need 1 or more"),
+        ({"steps": 0}, "steps and points need 1 and 4 or more"),
         ({"noise": 0.0}, "noise and learning_rate must be positive"),
         ({"learning_rate": 0.0}, "noise and learning_rate must be positive"),
-        ({"points": 3}, "4 points"),
+        ({"points": 3}, "steps and points need"),
     ],
 )
 def test_settings_that_cannot_be_used(change, words, tmp_path) -> None:

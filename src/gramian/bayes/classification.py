@@ -85,7 +85,7 @@ def calibrated(ensemble: Ensemble, x: Shaped[Tensor, " n *size"], labels: Int[Te
     """
     scores = ensemble.functions(x).double()
     _check_labels(labels, len(x), scores.shape[-1])
-    return Classifier(ensemble, _temperature(scores, labels))
+    return Classifier(ensemble, _temperature(scores, labels.to(scores.device, torch.long)))
 
 
 def _temperature(scores: Tensor, labels: Tensor) -> float:
@@ -116,14 +116,14 @@ def _golden(loss: Callable[[float], float], low: float, high: float) -> float:
 
 
 def centred_one_hot(labels: Int[Tensor, " n"], classes: int) -> Float[Tensor, "n classes"]:
-    """Return what a classifier's members regress on, [label_n = k] − 1/K.
+    """Return what a classifier's members regress on, [label_n = k] − 1/K, in float64.
 
     Shapes: labels (n) from 0 to K − 1 -> (n, K).
     Raises: InputError for labels that are no integers from 0 to K − 1, or fewer than two classes.
     Holds: exactly; rows sum to 0.
     """
     _check_labels(labels, len(labels), classes)
-    return torch.nn.functional.one_hot(labels.long(), classes) - 1 / classes
+    return torch.nn.functional.one_hot(labels.long(), classes).double() - 1 / classes
 
 
 def split(x: Tensor, labels: Tensor, held_out: Labelled | float, seed: int) -> tuple[Labelled, Labelled]:

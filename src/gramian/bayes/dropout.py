@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.modules.dropout import _DropoutNd
 
+from gramian.bayes.members import Make, seeded
 from gramian.core.jacobian import check_rows
 from gramian.core.predictive import Predictive
 from gramian.errors import InputError
@@ -52,7 +53,7 @@ class DropoutNetwork:
 
 
 def fit_dropout(
-    make: Callable[[], nn.Module],
+    make: Make,
     x: Shaped[Tensor, " n *size"],
     y: Float[Tensor, " m *outputs"],
     config: DropoutConfig,
@@ -73,15 +74,15 @@ def fit_dropout(
         raise InputError(f"dropout needs 2 samples and 1 step or more, got {config.samples}, {config.steps}")
     if len(y) != len(x) or not bool(y.isfinite().all()):
         raise InputError(f"targets must be finite, one for each of {len(x)} rows, got {tuple(y.shape)}")
-    with _seeded(config.seed, x.device):
-        module = make().to(device=x.device, dtype=x.dtype)
+    with seeded(config.seed, x.device):
+        module = make().to(device=x.device, dtype=x.dtype if x.is_floating_point() else None)
     if not any(layer.p > 0 for layer in _dropouts(module)):
         raise InputError(f"{type(module).__name__} has no dropout layer with a rate above 0")
     optimiser = torch.optim.AdamW(
         module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.steps)
-    with _seeded(config.seed + 1, x.device):
+    with seeded(config.seed + 1, x.device):
         for step, rows in zip(range(config.steps), _batches(len(x), config.batch), strict=False):
             found = module(x[rows])
             if found.shape != y[rows].shape:
@@ -109,20 +110,13 @@ def _dropouts(module: nn.Module) -> list[_DropoutNd]:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
 def _drawing(module: nn.Module, seed: int, device: torch.device) -> Iterator[None]:
     """Turn dropout layers on, and nothing else, while randomness is that of the seed."""
     module.eval()
     for layer in _dropouts(module):
         layer.train()
     try:
-        with _seeded(seed, device):
+        with seeded(seed, device):
             yield
     finally:
         module.eval()

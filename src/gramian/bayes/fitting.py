@@ -16,7 +16,7 @@ from gramian.core.jacobian import Parameters
 from gramian.errors import DivergedError, InputError
 
 Optimiser = Callable[..., torch.optim.Optimizer]
-"""Called with a list of tensors and `lr`, as torch's optimisers are."""
+"""Called with a list of tensors and `lr`, as torch's optimisers are; it has to treat every number alone."""
 
 ADAM = partial(torch.optim.Adam, fused=True)
 """The optimiser unless another is given, all its arithmetic in one pass."""
@@ -214,7 +214,7 @@ def train(
     losses = torch.zeros(len(leaves[0])).to(leaves[0])
     for step, rows in zip(range(schedule.steps), _batches(count, schedule), strict=False):
         losses = loss(theta, rows)
-        gradients = torch.autograd.grad(losses.sum(), leaves)
+        gradients = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
         for (name, leaf), gradient in zip(theta.items(), gradients, strict=True):
             # contiguous, since the fused optimisers read memory as it lies
             slope = regulariser.slope(name, leaf).add_(gradient) if regulariser else gradient.contiguous()

@@ -24,7 +24,7 @@ from gramian.bayes.members import (
 )
 from gramian.bayes.stack import FunctionSum, Stack, State
 from gramian.bayes.trained import ROWS, Ensemble
-from gramian.core.jacobian import Parameters, check_rows, function
+from gramian.core.jacobian import Parameters, check_rows, function, unwrapped
 from gramian.errors import InputError
 
 SOLVERS = ("gradient", "exact")
@@ -125,10 +125,12 @@ def prepared(
 def _primal(
     source: Source, made_by: Recipe, drawn: Draws, auxiliary: nn.Module | None, numbers: Sequence[int]
 ) -> State:
-    if auxiliary is not None:
-        one = state_of(auxiliary)
-        return {name: value.expand(len(numbers), *value.shape) for name, value in one.items()}
-    return source.states("auxiliary", numbers) if made_by.linear else drawn.start
+    if auxiliary is None:
+        return source.states("auxiliary", numbers) if made_by.linear else drawn.start
+    one = state_of(unwrapped(auxiliary))
+    if {n: v.shape for n, v in one.items()} != {n: v.shape[1:] for n, v in drawn.start.items()}:
+        raise InputError("the auxiliary network is of another architecture than the networks of make()")
+    return {name: one[name].to(value).expand_as(value) for name, value in drawn.start.items()}
 
 
 def trained(job: Job, targets: Tensor, progress: Callable[[int], None], optimiser: Optimiser) -> Ensemble:

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from gramian.bayes.stack import FunctionSum, State, plain_attention, stacked
-from gramian.core.jacobian import Function, Parameters, Weights, function, jvp, scales
+from gramian.bayes.stack import FunctionSum, State, stacked
+from gramian.core.jacobian import Function, Parameters, Weights, function, jvp, scales, unwrapped
 from gramian.errors import InputError
 
 Make = Callable[[], nn.Module]
@@ -150,7 +150,7 @@ class Source:
             raise InputError(f"make() has to return a torch module, but returned {type(module).__name__}")
         module = module.to(device=self.device, dtype=self.dtype)
         function(module)  # with a norm in training mode no row would be a function of itself
-        return module.eval()
+        return unwrapped(module).eval()
 
     def states(self, purpose: str, numbers: Collection[int]) -> State:
         """Draw networks by their numbers and stack them."""
@@ -237,7 +237,7 @@ def readout_of(f: Function, x: Shaped[Tensor, " n *size"], named: str | Sequence
         p for p in f.parameters if any(not name or p == name or p.startswith(f"{name}.") for name in names)
     ]
     tangent = {name: p if name in chosen else torch.zeros_like(p) for name, p in f.parameters.items()}
-    with torch.no_grad(), plain_attention():
+    with torch.no_grad():
         value = f(f.parameters, x[:8])
         gap = (jvp(f, x[:8], tangent) - value).abs().max()
     if not chosen or gap > 1e3 * torch.finfo(value.dtype).eps * max(1.0, float(value.abs().max())):
@@ -267,7 +267,7 @@ def draws(
 ) -> Draws:
     """Draw θ_0 and θ̃ of every member and make its anchor and its δ of them.
 
-    Only parameters that vary under the prior enter the tangent of δ.
+    Only parameters that vary under the prior enter the tangent of δ and have 0 as an anchor; others keep θ_0.
     """
     start = source.states("start", numbers)
     other = source.states("other", numbers) if made_by.draws else start
@@ -280,8 +280,8 @@ def draws(
         start if made_by.curved else None,
         tangent if made_by.curved else None,
     )
-    anchors = {"start": start, "zero": {name: torch.zeros_like(value) for name, value in start.items()}}
-    return Draws(start, anchors[made_by.anchor] if made_by.anchor else None, offset)
+    kept = {name: start[name] * (variance == 0) for name, variance in prior.items()}
+    return Draws(start, {None: None, "start": start, "zero": kept}[made_by.anchor], offset)
 
 
 def noisy(targets: Tensor, variance: Tensor, seed: int, numbers: Sequence[int]) -> Tensor:

@@ -8,8 +8,15 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from gramian.bayes.ntk_layers import PAIRINGS, Features, Pairing, Work
-from gramian.bayes.ntk_structure import IrregularError, Structure, structure, without_layers
-from gramian.core.jacobian import Function, Weights, check_rows, function, jvp, scales, vjp
+from gramian.bayes.ntk_structure import (
+    IrregularError,
+    Structure,
+    check_both,
+    structure,
+    two_rows,
+    without_layers,
+)
+from gramian.core.jacobian import Function, Weights, function, jvp, scales, vjp
 from gramian.errors import InputError
 
 METHODS = ("auto", "structured", "contraction", "vector")
@@ -59,14 +66,14 @@ def ntk(
     Source: Jacot, Gabriel, Hongler 2018, arXiv 1806.07572; structured: Novak, Sohl-Dickstein, Schoenholz
         2022, arXiv 2206.08720.
     """
-    problem = _problem(module, x, y, outputs, method, weights, parameters, memory)
-    n, m, symmetric = len(x), len(x if y is None else y), y is None
-    other = x if y is None else y
+    symmetric, other = y is None, x if y is None else y
+    problem = _problem(module, x, other, outputs, method, weights, parameters, memory)
+    n, m = len(x), len(other)
 
     def work(count: int) -> Work:
         return Work(n * m, n if symmetric else n + m, count, problem.pairing.products(count))
 
-    found = structure(problem.f, x, problem.scale, work)
+    found = structure(problem.f, two_rows(x, other), problem.scale, work)
     if method == "vector" or (method == "auto" and _vector_cost(found, n, m) < found.cost):
         return _by_vectors(problem, x, other, found)
     if method == "contraction":
@@ -96,16 +103,16 @@ def ntk_diagonal(
     Raises: InputError as `ntk`.
     Holds: exactly.
     """
-    problem = _problem(module, x, None, outputs, "auto", weights, parameters, memory)
+    problem = _problem(module, x, x, outputs, "auto", weights, parameters, memory)
 
     def work(count: int) -> Work:
         return Work(len(x), len(x), count, problem.pairing.products(count))
 
     def of(known: Structure) -> Tensor:
-        rows = _rows_at_once(known, x, memory)
+        rows = _rows_at_once(known, memory)
         return torch.cat([_same(known.features(part), problem.pairing) for part in x.split(rows)])
 
-    found = structure(problem.f, x, problem.scale, work)
+    found = structure(problem.f, two_rows(x, x), problem.scale, work)
     try:
         return of(found)
     except IrregularError:
@@ -123,7 +130,7 @@ class _Problem:
 def _problem(
     module: nn.Module,
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor,
     outputs: str,
     method: str,
     weights: Weights | None,
@@ -136,25 +143,21 @@ def _problem(
         raise InputError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
     if memory < 1:
         raise InputError(f"the memory must be a positive number of bytes, got {memory}")
-    check_rows(x)
-    if y is not None:
-        check_rows(y)
-        if y.shape[1:] != x.shape[1:]:
-            raise InputError(f"rows of shape {tuple(x.shape[1:])} do not fit rows of {tuple(y.shape[1:])}")
+    check_both(x, y)
     f = function(module, parameters)
     return _Problem(f, scales(f, weights), PAIRINGS[outputs], memory)
 
 
-def _rows_at_once(known: Structure, x: Tensor, memory: int) -> int:
-    """Return how many rows' features fit into half of the memory, so that two parts of x fit at a time."""
+def _rows_at_once(known: Structure, memory: int) -> int:
+    """Return how many rows' features fit into half of the memory, so that two parts fit at a time."""
     itemsize = max(p.element_size() for p in known.f.parameters.values())
-    return max(1, min(len(x), memory // (2 * itemsize * known.numbers)))
+    return max(1, memory // (2 * itemsize * known.numbers))
 
 
 def _tiled(problem: _Problem, known: Structure, x: Tensor, y: Tensor, symmetric: bool) -> Tensor:
     """Compute the kernel tile by tile; of rows with themselves one half, and its mirror image."""
     pairing = problem.pairing
-    rows = _rows_at_once(known, x, problem.memory)
+    rows = _rows_at_once(known, problem.memory)
     like = next(iter(problem.scale.values()))
     result = like.new_empty(pairing.shape(len(x), len(y), known.outputs))
     strips = _Strips(pairing, problem.memory // (4 * like.element_size()))

@@ -147,9 +147,8 @@ class Kronecker:
             return product.mul_(pairing.spread(self._products(other)[:, :, 0, 0]))
         n, positions = self.inputs.shape[:2]
         met = self._products(other).permute(1, 0, 2, 3).flatten(1, 2)[:, None] @ other.cotangents
-        met = met.unflatten(2, (n, positions)).flatten(
-            3
-        )  # (m, P, n, S D): no copy, as the next product reads it
+        # (m, P, n, S D): no copy, as the next product reads it
+        met = met.unflatten(2, (n, positions)).flatten(3)
         return torch.einsum(pairing.met, self.cotangents.flatten(2), met)
 
     def same(self, pairing: Pairing) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from gramian.bayes.ntk_structure import check_rows_apart
-from gramian.core.jacobian import ROWS, Weights, check_rows, function, jvp, scales, vjp
+from gramian.bayes.ntk_structure import check_both, check_rows_apart, two_rows
+from gramian.core.jacobian import ROWS, Weights, function, jvp, scales, vjp
 from gramian.errors import InputError
 
 
@@ -38,19 +38,14 @@ class NTKOperator:
     ) -> None:
         self.x, self.y, self.rows = x, x if y is None else y, rows
         self.symmetric = y is None
-        for values in (self.x, self.y):
-            check_rows(values)
-        if self.x.shape[1:] != self.y.shape[1:]:
-            raise InputError(
-                f"rows of shape {tuple(x.shape[1:])} do not fit rows of {tuple(self.y.shape[1:])}"
-            )
+        check_both(self.x, self.y)
         if rows < 1:
             raise InputError(f"at least one row has to go through the module at once, got {rows}")
         self.f = function(module, parameters)
         self.scale = scales(self.f, weights)
         with torch.no_grad():
             alone = self.f(self.f.parameters, x[:1])
-            check_rows_apart(alone, self.f(self.f.parameters, x[[0, min(1, len(x) - 1)]]))
+            check_rows_apart(alone, self.f(self.f.parameters, two_rows(self.x, self.y)))
         self.outputs = alone.shape[1]
         self.like = alone
 

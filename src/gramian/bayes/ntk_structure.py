@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gramian.bayes.ntk_layers import Explicit, Features, Kronecker, Work
 from gramian.bayes.ntk_trace import Use, trace
-from gramian.core.jacobian import Function, Parameters, jacobian
+from gramian.core.jacobian import Function, Parameters, check_rows, jacobian
 from gramian.errors import InputError
 
 Expected = list[tuple[tuple, torch.Size | None]]
@@ -67,7 +67,8 @@ class Structure:
 
     def _of_layers(self, x: Tensor) -> list[Features]:
         passed = trace(self.f, x)
-        if not _as_expected(passed.uses, self.expected, len(x)):
+        rest = set() if self.rest is None else self.rest.parameters.keys()
+        if not _as_expected(passed.uses, self.expected, len(x)) or passed.hidden() - rest:
             raise IrregularError
         uses = [passed.uses[place] for layer in self.layers for place in layer.places]
         pairs = zip(uses, passed.cotangents(uses), strict=True)
@@ -78,7 +79,7 @@ class Structure:
 
 
 def structure(f: Function, x: Tensor, scale: Parameters, work: Callable[[int], Work]) -> Structure:
-    """Find the layers of a module by running it on its first row alone and beside another.
+    """Find the layers of a module by running it on a row alone and beside another, the first two of x.
 
     A parameter is left to the Jacobian when a call that is not known reads it, when calls of two kinds do,
     when the result of a call has no row for each row of x, when its weight is not one number, and when it
@@ -86,7 +87,7 @@ def structure(f: Function, x: Tensor, scale: Parameters, work: Callable[[int], W
 
     Raises: InputError for a module whose rows depend on their neighbours or on chance.
     """
-    single, double = trace(f, x[:1]), trace(f, x[[0, min(1, len(x) - 1)]])
+    single, double = trace(f, x[:1]), trace(f, x[:2])
     check_rows_apart(single.outputs, double.outputs)
     groups: dict[tuple, list[int]] = {}
     left = single.hidden()
@@ -113,6 +114,23 @@ def check_rows_apart(alone: Tensor, beside: Tensor) -> None:
             "the module has to give a row the same outputs whatever rows stand beside it and however often "
             "it is asked: call module.eval() against dropout, and take no norm over the batch"
         )
+
+
+def check_both(x: Tensor, y: Tensor) -> None:
+    """Raise InputError unless two sets of rows are finite and of one shape."""
+    for rows in (x, y):
+        check_rows(rows)
+    if y.shape[1:] != x.shape[1:]:
+        raise InputError(f"rows of shape {tuple(x.shape[1:])} do not fit rows of {tuple(y.shape[1:])}")
+
+
+def two_rows(x: Tensor, y: Tensor) -> Tensor:
+    """Return the first row of x and, of x or else of y, one that differs from it if there is one."""
+    for rows in (x, y):
+        differs = (rows != x[:1]).reshape(len(rows), -1).any(1)
+        if differs.any():
+            return torch.cat([x[:1], rows[differs][:1]])
+    return x[[0, 0]]
 
 
 def without_layers(known: Structure, work: Callable[[int], Work]) -> Structure:

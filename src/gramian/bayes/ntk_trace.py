@@ -150,6 +150,8 @@ class Recorder(TorchFunctionMode):
         self, run: Callable[..., Tensor], inputs: Tensor, weight: Tensor, bias: Any, window: Window | None
     ) -> Tensor:
         found = (self._reference(weight), self._reference(bias))
+        if found == (None, None):  # the inputs are a parameter
+            return run(inputs, weight, bias)
         roles = tuple(None if role is None else role.name for role in found)
         factors = tuple(0.0 if role is None else role.factor for role in found)
         output = run(inputs, self._alias(weight), self._alias(bias))

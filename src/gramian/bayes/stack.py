@@ -2,8 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,9 +63,7 @@ class Stack:
         def along(member: State, direction: State) -> Tensor:
             return jvp(self.at(member), x, direction, len(x))
 
-        with warnings.catch_warnings():  # torch's own, when it first differentiates in forward mode
-            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
-            return self._each(along, primal, {name: tangent[name] for name in self.f.parameters})
+        return self._each(along, primal, {name: tangent[name] for name in self.f.parameters})
 
     def at(self, member: State) -> Function:
         """Return the function of one member's trainable parameters."""
@@ -78,10 +75,6 @@ class Stack:
         return dataclasses.replace(self.f, constants={})(member, x)
 
     def _each(self, call: Callable[..., Tensor], *states: State) -> Tensor:
-        with plain_attention():
-            return self._together(call, *states)
-
-    def _together(self, call: Callable[..., Tensor], *states: State) -> Tensor:
         if self.vmapped:
             try:
                 with warnings.catch_warnings():  # of operations that vmap knows no rule for, only a slow way
@@ -91,17 +84,6 @@ class Stack:
                 self.vmapped = False
         count = len(next(iter(states[0].values())))
         return torch.stack([call(*(member_of(state, m) for state in states)) for m in range(count)])
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Keep torch's attention modules from a fast way that has no derivative in forward mode."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,8 @@ outputs beyond the first axis are counted as one axis of O outputs.
 """
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ class Function:
         """Return the outputs of every row under the given parameters."""
         for value in (*self.constants.values(), *parameters.values()):
             value._is_param = True  # what isinstance(value, nn.Parameter) asks, for modules that do
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no forward-mode derivative
+        with sdpa_kernel(SDPBackend.MATH), _slow_attention():  # the fast ones have no forward-mode derivative
             y = functional_call(self.module, {**self.constants, **parameters}, (x,))
         if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(x) or not y.is_floating_point():
             found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
@@ -54,6 +55,17 @@ class Function:
                 f"{len(x)} it is given, but it returned {found}"
             )
         return y.reshape(len(x), -1)
+
+
+@contextmanager
+def _slow_attention() -> Iterator[None]:
+    """Keep torch's own attention modules from the way that they go at evaluation."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def function(module: nn.Module, names: Collection[str] | None = None) -> Function:
@@ -66,7 +78,7 @@ def function(module: nn.Module, names: Collection[str] | None = None) -> Functio
         over the batch, for which no row is a function of itself alone.
     Holds: exactly.
     """
-    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+    module = unwrapped(module)
     for name, part in module.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None):
             raise InputError(
@@ -83,6 +95,11 @@ def function(module: nn.Module, names: Collection[str] | None = None) -> Functio
         raise InputError(f"{type(module).__name__} has no trainable parameter to differentiate by")
     constants = {name: p for name, p in every.items() if name not in chosen}
     return Function(module, {name: every[name] for name in chosen}, constants)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module that torch.compile has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
 
 
 def _within(parameter: str, names: Collection[str]) -> bool:
@@ -141,7 +158,7 @@ def check_rows(x: Tensor) -> None:
 def jvp(
     f: Function, x: Shaped[Tensor, " n *size"], tangent: Parameters, rows: int = ROWS
 ) -> Float[Tensor, "n o"]:
-    """Multiply the Jacobian by a tangent of the parameters, in forward mode.
+    """Multiply the Jacobian by a tangent of the parameters, in forward mode where torch has it.
 
         (J v)_no = Σ_p ∂f_o(x_n)/∂θ_p v_p
 
@@ -152,11 +169,26 @@ def jvp(
     _check_tangent(f, tangent)
 
     def along(batch: Tensor) -> Tensor:
-        return torch.func.jvp(lambda p: f(p, batch), (f.parameters,), (tangent,))[1]
+        try:
+            return torch.func.jvp(lambda p: f(p, batch), (f.parameters,), (tangent,))[1]
+        except NotImplementedError:  # an operation that torch has no derivative of in forward mode
+            return _twice_back(f, batch, tangent)
 
     with warnings.catch_warnings():  # torch's own, when it first differentiates in forward mode
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
         return torch.cat([along(batch) for batch in batches(x, rows)])
+
+
+def _twice_back(f: Function, x: Tensor, tangent: Parameters) -> Tensor:
+    """Give J v as the derivative of Jᵀu by u along v, by two passes in reverse mode."""
+    leaves = {name: p.requires_grad_() for name, p in _aliases(f.parameters).items()}
+    kept = torch.is_grad_enabled() and any(v.requires_grad for v in tangent.values())
+    with torch.enable_grad():
+        y = f(leaves, x)
+        u = torch.zeros_like(y, requires_grad=True)
+        pulled = torch.autograd.grad(y, [*leaves.values()], u, create_graph=True, materialize_grads=True)
+    pairs = [(g, tangent[name]) for name, g in zip(leaves, pulled, strict=True) if g.requires_grad]
+    return torch.autograd.grad([g for g, _ in pairs], u, [v for _, v in pairs], create_graph=kept)[0]
 
 
 def vjp(
@@ -193,14 +225,25 @@ def jacobian(f: Function, x: Shaped[Tensor, " n *size"], rows: int = ROWS) -> Pa
     Raises: InputError for inputs that are empty or not finite.
     Holds: exactly.
     """
-    parts = [_jacobian(f, batch) for batch in batches(x, rows)]
+    parts = [_jacobian(f, part) for batch in batches(x, rows) for part in _told_apart(f, batch)]
     return {name: torch.cat([part[name] for part in parts]) for name in f.parameters}
 
 
+def _told_apart(f: Function, x: Tensor) -> Sequence[Tensor]:
+    """Return rows in parts of another number than outputs.
+
+    Where both are equally many, vmap takes one for the other in the derivative of PReLU (torch 2.13).
+    """
+    count = len(x)
+    return x.split(count - 1) if count > 1 and f(f.parameters, x[:1]).shape[1] == count else (x,)
+
+
 def _jacobian(f: Function, x: Tensor) -> Parameters:
+    single = jacrev(lambda p, row: f(p, row[None])[0])
     try:
-        single = jacrev(lambda p, row: f(p, row[None])[0])
-        return vmap(single, (None, 0))(f.parameters, x)
+        with warnings.catch_warnings():  # of operations that vmap knows no rule for, only a slow way
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            return vmap(single, (None, 0))(f.parameters, x)
     except RuntimeError:  # data-dependent control flow, or a backward that torch.func does not know
         return _row_by_row(f, x)
 

@@ -202,6 +202,24 @@ def integrate(
     return Paths(torch.tensor(times, dtype=torch.float64), torch.stack(states), stopped, exploded, indefinite)
 
 
+def check_covariance(v: Tensor) -> None:
+    """Raise InputError unless V is a covariance of two tokens or more: square, symmetric, finite, PSD."""
+    if v.ndim != 2 or v.shape[0] != v.shape[1]:
+        raise InputError(f"a covariance of tokens must be a square matrix, got shape {tuple(v.shape)}")
+    if len(v) < 2:
+        raise InputError("a covariance needs at least two tokens, got one: correlations are between two")
+    if not bool(v.isfinite().all()):
+        raise InputError("a covariance of tokens must be finite, and this one has NaN or infinity")
+    scale = v.diagonal().amax().clamp(min=1e-300)
+    if not bool((v - v.mT).abs().amax() <= 1e-9 * scale) or bool((v.diagonal() <= 0).any()):
+        raise InputError("a covariance of tokens must be symmetric with a positive diagonal")
+    least = torch.linalg.eigvalsh(v)[0].item()
+    if least < -1e-9 * scale.item():
+        raise InputError(
+            f"a covariance of tokens must be positive semidefinite, got a smallest eigenvalue of {least:.3g}"
+        )
+
+
 def _where(which: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.where(which.reshape(-1, *[1] * (x.ndim - 1)), x, y)
 
@@ -221,7 +239,7 @@ def square_root(v: Float[Tensor, "*batch m m"]) -> Float[Tensor, "*batch m m"]:
     """Return L with L Lᵀ = V for symmetric positive semidefinite matrices, those of lower rank included.
 
     L is the Cholesky factor, or, where V is not definite to rounding, Q √Λ⁺ from V = Q Λ Qᵀ with negative
-    eigenvalues as zero.
+    eigenvalues as zero. A V that is not finite gives an L that is not.
 
     Shapes: (…, m, m) -> (…, m, m).
     Holds: to rounding; for an indefinite V, L Lᵀ is the nearest semidefinite matrix.
@@ -230,7 +248,8 @@ def square_root(v: Float[Tensor, "*batch m m"]) -> Float[Tensor, "*batch m m"]:
     failed = info > 0
     if not bool(failed.any()):
         return factor
+    factor = torch.where(failed[..., None, None], math.nan, factor)
+    failed = failed & v.isfinite().all(-1).all(-1)  # what eigh would refuse stays NaN
     values, vectors = torch.linalg.eigh(v[failed])
-    factor = factor.clone()
     factor[failed] = vectors * values.clamp(min=0).sqrt()[..., None, :]
     return factor

@@ -85,11 +85,13 @@ def mlp(
 
     Shapes: (…, features) -> (…, outputs).
     Raises: InputError for an unknown activation or parametrisation, a width below 1, σ_w that is not
-        positive, a negative σ_b.
+        positive, a negative σ_b, a rate outside [0, 1).
     Holds: exactly.
     """
     if parametrisation not in LAYERS:
         raise InputError(f"unknown parametrisation {parametrisation!r}; choose one of {', '.join(LAYERS)}")
+    if not 0 <= dropout < 1:
+        raise InputError(f"the rate of dropout must be at least 0 and below 1, got {dropout:g}")
     layer, function = LAYERS[parametrisation], activation_named(activation)
     parts: list[nn.Module] = []
     for inputs, width in pairwise((features, *widths)):

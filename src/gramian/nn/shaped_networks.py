@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.core.sde import Paths, integrate, joined, square_root
+from gramian.core.sde import Paths, check_covariance, integrate, joined, square_root
 from gramian.errors import InputError
 from gramian.nn.residual import normalised_skip
 from gramian.nn.shaped import shaped_slopes
@@ -128,8 +128,10 @@ class ShapedNetworks:
         A network whose largest entry passes `bound` stops there. `progress` is told how many are done.
 
         Shapes: start (m, m) -> states (records, networks, m, m); times are blocks/width.
-        Raises: InputError for a depth or a number of networks below 1, and a width below the tokens'.
+        Raises: InputError for a V₀ that is no covariance, a depth or a number of networks below 1, and a
+            width below the tokens'.
         """
+        check_covariance(start)
         m, parts, done = len(start), [], 0
         if depth < 1 or networks < 1:
             raise InputError(f"depth and networks must be at least 1, got {depth} and {networks}")

@@ -52,9 +52,10 @@ def against_truth(
     rows = np.array([truth, mean, low, high], dtype=float) if _equal(truth, mean, low, high) else np.empty(0)
     if not rows.size:
         raise InputError("Predictions need a truth, a mean and two ends for each of one row or more.")
-    inside = int(((rows[2] <= rows[0]) & (rows[0] <= rows[3])).sum())
-    rows = rows[:, np.argsort(rows[0], kind="stable")][:, thinned(len(truth))]
     held = (rows[2] <= rows[0]) & (rows[0] <= rows[3])
+    inside = int(held.sum())
+    drawn = np.argsort(rows[0], kind="stable")[thinned(len(truth))]
+    rows, held = rows[:, drawn], held[drawn]
     with styled():
         figure = canvas(height := 340)
         axes = place_axes(figure, LEFT, BOTTOM, WIDTH - LEFT - 12, height - BOTTOM - TOP)

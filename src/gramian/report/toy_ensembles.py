@@ -34,14 +34,15 @@ def panels(xs: Sequence[float], shown: Sequence[Panel], x: Sequence[float], y: S
 
     Raises: InputError when there is no panel, or one of another length than xs.
     """
-    if not shown or any(len(row) != len(xs) for each in shown for row in (each.mean, each.limit)):
+    rows = [row for each in shown for row in (each.mean, each.deviation, each.limit_mean, each.limit)]
+    if not rows or any(len(row) != len(xs) for row in rows):
         raise InputError("A figure of ensembles needs panels with as many values as xs.")
-    rows = -(-len(shown) // COLUMNS)
+    height = -(-len(shown) // COLUMNS) * HEIGHT
     with styled():
-        figure = canvas(rows * HEIGHT + 22)
+        figure = canvas(height + 22)
         width = (WIDTH - 36) / COLUMNS
         for place, each in enumerate(shown):
-            left, top = 30 + place % COLUMNS * width, (rows - place // COLUMNS) * HEIGHT
+            left, top = 30 + place % COLUMNS * width, height - place // COLUMNS * HEIGHT
             axes = place_axes(figure, left, top - HEIGHT + 26, width - 22, HEIGHT - 52)
             mean, deviation = np.asarray(each.mean), np.asarray(each.deviation)
             axes.fill_between(
@@ -56,5 +57,5 @@ def panels(xs: Sequence[float], shown: Sequence[Panel], x: Sequence[float], y: S
             scale_y(axes, (-LIMIT, LIMIT), False)
             place_text(figure, left, top - 18, each.name, color=INK)
         legend = "shaded: two deviations over members   dashed: law of infinite width   dots: data"
-        place_text(figure, 30, rows * HEIGHT + 4, legend, color=MUTED)
+        place_text(figure, 30, height + 4, legend, color=MUTED)
     return figure

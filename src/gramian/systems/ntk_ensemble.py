@@ -65,10 +65,13 @@ class Result:
 
 
 def quick() -> Config:
-    """Return settings of about half an hour on two cores: the toy problem, diabetes, digits."""
-    fitting = RegressConfig(widths=(50, 50), steps=1000, batch=128, noise=(0.01, 0.3))
-    tables = TableStudy(methods=(BASE, PRIORS, OURS, "ntkgp_lin"), splits=8, regions=8, fitting=fitting)
-    return Config(tables=tables, images=StrangeConfig())
+    """Return settings of a quarter of an hour on two cores: the toy problem, diabetes, digits."""
+    fitting = RegressConfig(widths=(50, 50), steps=800, batch=128, noise=(1e-2, 0.3))
+    return Config(
+        toy=ToyConfig(width=128),
+        tables=TableStudy(methods=(BASE, PRIORS, OURS, "ntkgp_lin"), splits=5, regions=5, fitting=fitting),
+        images=StrangeConfig(seeds=(0, 1, 2)),
+    )
 
 
 def paper(which: str = "tables") -> Config:

@@ -1,6 +1,5 @@
 """Before training a shaped transformer: the law of its tokens' correlations and norms, and networks."""
 
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +13,13 @@ from torch import Tensor
 
 from gramian.core.gram import Gram
 from gramian.core.readings import cosine
-from gramian.core.sde import Paths
+from gramian.core.sde import Paths, check_covariance
 from gramian.errors import InputError
 from gramian.nn.shaped_networks import ShapedNetworks
 from gramian.tasks.predict import matrix
 from gramian.tasks.samples import Distance, Share, Summary, kolmogorov_smirnov, share, summary
 from gramian.tasks.verdict import COLLAPSED, FAR
-from gramian.theory.covariance_sde import ShapedBlock, check_covariance, check_temperature, simulate
+from gramian.theory.covariance_sde import ShapedBlock, simulate
 
 PAIR, MEAN, NORM = "correlation of tokens 1 and 2", "mean correlation", "log norm of token 1"
 RARE = 0.01
@@ -100,13 +99,10 @@ class CovarianceConfig:
             raise InputError("networks must be 0, for theory alone, or at least 2, got 1")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"steps must be at least 1, got {self.steps}")
-        if not 0 <= self.gamma <= 1:
-            raise InputError(f"gamma, the weight of a branch, must lie in [0, 1], got {self.gamma:g}")
-        check_temperature(self.tau0)
-        if not (math.isfinite(self.negative) and -(self.width**0.5) < self.positive < math.inf):
+        _ = self.block  # settings that it cannot use raise
+        if self.positive <= -(self.width**0.5):
             raise InputError(
-                f"negative must be finite and positive above −√width, which is {-(self.width**0.5):.3g}, got "
-                f"{self.negative:g} and {self.positive:g}"
+                f"positive must be above −√width, which is {-(self.width**0.5):.3g}, got {self.positive:g}"
             )
         lowest = -1 / (self.tokens - 1)
         if self.gram is None and not lowest <= self.correlation <= 1:
@@ -324,7 +320,7 @@ class _Batch:
         self.values = readings(found.states)
         self.left = found.stopped > found.times[:, None] * (1 + 1e-9)
         self.blown_up = found.stopped.isfinite()
-        self.collapsed = _collapsed(found.states[-1]) & ~self.blown_up
+        self.collapsed = _collapsed(found.states[-1]) & self.left[-1]
 
 
 def _ensemble(parts: Sequence[_Batch], width: int) -> Ensemble:

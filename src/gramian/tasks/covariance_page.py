@@ -47,8 +47,8 @@ def _verdict(prediction: CovariancePrediction) -> str:
         collapse = "collapse to rank one"
         none = not theory.blown_up.count + theory.collapsed.count
         fate += f" or {collapse}" if none else f" and {_fate(theory.collapsed, collapse)}"
-    if not theory.final[PAIR]:
-        return f"Unstable: at depth/width {prediction.time:.3g} no path is left; {fate}."
+    if (left := len(theory.final[PAIR])) < 2:
+        return f"Unstable: at depth/width {prediction.time:.3g} {('no', 'one')[left]} path is left; {fate}."
     pair, norm = theory.through[PAIR][-1].quantiles, theory.through[NORM][-1].quantiles
     kind = {"": "At", "blow up": "Unstable: at", "collapse": "Rank collapse: at"}[trouble(prediction)]
     return (

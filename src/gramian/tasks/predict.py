@@ -289,16 +289,12 @@ def matrix(path: Path) -> Tensor:
     Raises: InputError when the file cannot be read or holds something else.
     """
     try:
-        array = np.load(path, allow_pickle=False)
+        with path.open("rb") as stream:
+            array = np.lib.format.read_array(stream, allow_pickle=False)
     except (OSError, ValueError) as error:
         what = "there is no such file" if isinstance(error, FileNotFoundError) else "it is no .npy of numbers"
         raise InputError(f"{path} cannot be read: {what}") from error
-    if (
-        not isinstance(array, np.ndarray)
-        or array.ndim != 2
-        or array.dtype.kind not in "fiu"
-        or len(array) < 2
-    ):
+    if array.ndim != 2 or array.dtype.kind not in "fiu" or len(array) < 2:
         raise InputError(f"{path} must hold a matrix of numbers with two rows or more")
     if not np.isfinite(array).all():
         raise InputError(f"{path} holds numbers that are not finite (NaN or infinity)")

@@ -13,6 +13,7 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from gramian.bayes.ensemble import METHODS, EnsembleConfig, fit_ensemble
+from gramian.bayes.members import seeded
 from gramian.core.predictive import Predictive
 from gramian.data.tables import Standardiser, Table
 from gramian.errors import DivergedError, InputError
@@ -264,8 +265,7 @@ class Fitter:
             mlp, x.shape[1], 1, widths=config.widths, activation=config.activation,
             weight_std=prior.weight_std, bias_std=prior.bias_std,
         )  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded(config.seed, torch.device("cpu")):
             one = make()
         known = prior_variances(one)
         settings = EnsembleConfig(

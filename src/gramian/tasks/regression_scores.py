@@ -7,7 +7,13 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from gramian.core.calibration import calibration_error, coverage, crps
+from gramian.core.calibration import (
+    calibration_error,
+    coverage,
+    crps,
+    negative_log_likelihood,
+    sharpness,
+)
 from gramian.core.predictive import Predictive
 
 FAR = 0.01
@@ -31,13 +37,12 @@ class Scores:
 
 def judged(prediction: Predictive, y: Tensor, level: float) -> Scores:
     """Score a prediction against targets."""
-    low, high = prediction.interval(level)
     return Scores(
         rmse=(prediction.mean - y).square().mean().sqrt().item(),
-        nll=-prediction.log_likelihood(y).mean().item(),
+        nll=negative_log_likelihood(prediction, y).item(),
         crps=crps(prediction, y).mean().item(),
-        coverage=coverage(prediction, y, torch.tensor([level]).to(y)).item(),
-        width=(high - low).mean().item(),
+        coverage=coverage(prediction, y, y.new_tensor([level])).item(),
+        width=sharpness(prediction, level).item(),
         calibration_error=calibration_error(prediction, y).item(),
     )
 

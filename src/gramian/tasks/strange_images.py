@@ -99,6 +99,12 @@ class StrangeConfig:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.limit is not None and self.limit < 2:
             raise InputError(f"limit must be at least 2 training images, got {self.limit}")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"learning_rate must be positive, got {self.learning_rate:g}")
+        if not 0 <= self.bias_std < math.inf:
+            raise InputError(f"bias_std must be at least 0, got {self.bias_std:g}")
+        if min(self.widths, default=1) < 1:
+            raise InputError(f"layers must be at least 1 wide, got widths {self.widths}")
         for name in ("weight_std", "noise"):
             values = getattr(self, name)
             if not values or not all(0 < each < math.inf for each in values):
@@ -315,7 +321,7 @@ def judged(classifier: Classifier, split: Split) -> dict[str, Any]:
     wrong, others = (mean.argmax(-1) != labels).double(), found[LEFT_OUT][0]
     confidence = torch.cat([mean.amax(-1), others.amax(-1)])
     error = torch.cat([wrong, torch.ones(len(others)).to(wrong)])
-    above = error_above(confidence, error, torch.tensor(THRESHOLDS)).tolist()
+    above = error_above(confidence, error, confidence.new_tensor(THRESHOLDS)).tolist()
     scores = {
         "accuracy": 1 - wrong.mean().item(),
         "log loss": log_loss(mean, labels).item(),
@@ -361,7 +367,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, dict[str, tuple[float, flo
         for name, value in readings(outcome).items():
             table.setdefault(name, {}).setdefault(outcome.method, []).append(value)
     return {
-        name: {method: _mean(torch.tensor(values).double()) for method, values in row.items()}
+        name: {method: _mean(torch.tensor(values, dtype=torch.float64)) for method, values in row.items()}
         for name, row in table.items()
     }
 

@@ -1,5 +1,6 @@
 """Ensembles on the toy problem of two intervals, each beside its law of infinite width."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -58,6 +59,12 @@ class ToyConfig:
             raise InputError(f"the toy problem needs a method; choose some of {', '.join(METHODS)}")
         if self.width < 1 or self.members < 2:
             raise InputError(f"width and members need 1 and 2 or more, got {self.width}, {self.members}")
+        if self.steps < 1 or self.points < 4:
+            raise InputError(f"steps and points need 1 and 4 or more, got {self.steps}, {self.points}")
+        if not 0 < self.noise < math.inf or not 0 < self.learning_rate < math.inf:
+            raise InputError(
+                f"noise and learning_rate must be positive, got {self.noise:g}, {self.learning_rate:g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -108,12 +115,8 @@ def toy_ensembles(config: ToyConfig, folder: Path, console: Console) -> Toy:
 
 def limits(x: Float[Tensor, "n 1"], grid: Float[Tensor, "m 1"]) -> tuple[Kernel, Kernel]:
     """Return the NNGP's and the NTK's kernels at the training points and on the grid."""
-
-    def dense() -> Dense:
-        return Dense(WEIGHT_STD, BIAS_STD)
-
-    between = Activation(dual(ACTIVATION))
-    both = kernels(Serial(dense(), between, dense(), between, dense()), torch.cat([x, grid]))
+    dense, between = Dense(WEIGHT_STD, BIAS_STD), Activation(dual(ACTIVATION))
+    both = kernels(Serial(dense, between, dense, between, dense), torch.cat([x, grid]))
     return Kernel.of(both.nngp, len(x)), Kernel.of(both.ntk, len(x))
 
 

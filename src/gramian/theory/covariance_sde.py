@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.core.sde import Brownian, Paths, integrate, joined, square_root
+from gramian.core.sde import Brownian, Paths, check_covariance, integrate, joined, square_root
 from gramian.errors import InputError
 
 Covariance = Float[Tensor, "*batch m m"]
@@ -22,6 +22,9 @@ Noise = Float[Tensor, "*batch noises m m"]
 
 ENTRIES = 2**18
 """Entries of V that are followed at once: what stays in a core's cache."""
+
+LARGEST = 1e100
+"""Of a setting: its square, times what is not blown up, is a number still."""
 
 
 class Branch(ABC):
@@ -154,7 +157,7 @@ class ShapedMLP(Branch):
         b_ab = γ² ν(ρ_ab) √(V_aa V_bb),   ν(ρ) = (c₊ − c₋)²/2π (√(1−ρ²) − ρ arccos ρ)
         noise: √2 γ L H Lᵀ
 
-    Raises: InputError unless 0 ≤ γ ≤ 1.
+    Raises: InputError unless 0 ≤ γ ≤ 1 and c± are finite.
     Holds: as width → ∞ at a fixed depth/width; a step's drift is off by O(width^-1/2).
     Source: Noci et al. 2023, arXiv 2306.17759; Li, Nica, Roy 2022, arXiv 2206.02768.
     """
@@ -167,6 +170,11 @@ class ShapedMLP(Branch):
 
     def __post_init__(self) -> None:
         _check_gain(self.gamma)
+        if not all(abs(each) <= LARGEST for each in (self.positive, self.negative)):
+            raise InputError(
+                f"the c₊ and c₋ of a shaped ReLU must be finite (±{LARGEST:g}), got {self.positive:g} and "
+                f"{self.negative:g}"
+            )
 
     def drift(self, v: Covariance) -> Covariance:
         """Return b(V), zero on the diagonal."""
@@ -198,7 +206,7 @@ class ShapedBlock(Branch):
 
         b = b_attention + b_MLP,   Σ = Σ_attention + Σ_MLP
 
-    Raises: InputError unless 0 ≤ γ ≤ 1 and τ₀ > 0.
+    Raises: InputError unless 0 ≤ γ ≤ 1, τ₀ > 0 and c± are finite.
     Holds: as width → ∞ at a fixed depth/width, locally in time.
     Source: Noci et al. 2023, arXiv 2306.17759.
     """
@@ -255,24 +263,6 @@ def covariance(branch: Branch, v: Float[Tensor, "m m"]) -> Float[Tensor, "entrie
     return entries.mT @ entries
 
 
-def check_covariance(v: Tensor) -> None:
-    """Raise InputError unless V is a covariance of two tokens or more: square, symmetric, finite, PSD."""
-    if v.ndim != 2 or v.shape[0] != v.shape[1]:
-        raise InputError(f"a covariance of tokens must be a square matrix, got shape {tuple(v.shape)}")
-    if len(v) < 2:
-        raise InputError("a covariance needs at least two tokens, got one: correlations are between two")
-    if not bool(v.isfinite().all()):
-        raise InputError("a covariance of tokens must be finite, and this one has NaN or infinity")
-    scale = v.diagonal().amax().clamp(min=1e-300)
-    if not bool((v - v.mT).abs().amax() <= 1e-9 * scale) or bool((v.diagonal() <= 0).any()):
-        raise InputError("a covariance of tokens must be symmetric with a positive diagonal")
-    least = torch.linalg.eigvalsh(v)[0].item()
-    if least < -1e-9 * scale.item():
-        raise InputError(
-            f"a covariance of tokens must be positive semidefinite, got a smallest eigenvalue of {least:.3g}"
-        )
-
-
 def simulate(
     branch: Branch,
     start: Float[Tensor, "m m"],
@@ -316,6 +306,9 @@ def _check_gain(gamma: float) -> None:
 
 
 def check_temperature(tau0: float) -> None:
-    """Raise InputError unless 0 < τ₀ < ∞."""
-    if not 0 < tau0 < math.inf:
-        raise InputError(f"tau0, the temperature of attention, must be positive and finite, got {tau0:g}")
+    """Raise InputError unless 0 < τ₀ < ∞, and its square is a number of the same kind."""
+    if not 1 / LARGEST <= tau0 <= LARGEST:
+        raise InputError(
+            f"tau0, the temperature of attention, must be positive and finite, got {tau0:g}; accepted are "
+            f"{1 / LARGEST:g} to {LARGEST:g}"
+        )
