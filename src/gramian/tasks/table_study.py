@@ -55,7 +55,7 @@ class TableStudy:
     """Most splits of a table: the published ones, or random ones where there are none."""
     large: int = 4000
     """Rows from which on a table counts as large."""
-    large_splits: int = 3
+    large_splits: int = 20
     """Most splits of a large table."""
     large_steps: int = 2000
     """Steps of training on a large table."""
