@@ -136,6 +136,7 @@ def test_settings_as_asked(tmp_path: Path) -> None:
     assert found.tables.tables == files
     assert found.images.images == files[0]
     assert (found.toy.steps, found.tables.fitting.steps, found.images.steps) == (7, 7, 7)
+    assert found.tables.large_steps == 7
     assert found.images.seeds == (3, 4)
     assert given(quick(), runs=Path("runs"), tables=(), images=None, steps=None, seeds=()) == quick()
     with pytest.raises(InputError, match="unknown setting 'cifar'; choose quick or tables"):

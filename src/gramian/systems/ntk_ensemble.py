@@ -111,7 +111,10 @@ def given(
         runs=runs,
         toy=replace(config.toy, **steps_of),
         tables=replace(
-            config.tables, tables=tuple(tables) or config.tables.tables, fitting=replace(fitting, **steps_of)
+            config.tables,
+            tables=tuple(tables) or config.tables.tables,
+            fitting=replace(fitting, **steps_of),
+            large_steps=config.tables.large_steps if steps is None else steps,
         ),
         images=replace(config.images, images=images, **steps_of, **repeated),
     )

@@ -112,9 +112,10 @@ class Outcome:
 def run_study(study: TableStudy, folder: Path, console: Console) -> list[Outcome]:
     """Fit every method to every split of every table; what a stopped study has done is not done again.
 
-    All methods have the same networks, members and most steps, and as many settings on trial, chosen by the
-    same validation rows, which also give everyone's noise. An outcome is a JSON file of its own in
-    folder/table.
+    All ensembles have the same networks, members and most steps. The same validation rows choose among the
+    settings on trial, and give everyone's noise: the prior of largest evidence and those of `fitting.noise`,
+    three numbers of steps (deep ensemble), `RATES` (dropout), none (Gaussian process). An outcome is a JSON
+    file of its own in folder/table.
 
     Raises: InputError for settings that cannot be used, before anything is fitted.
     """
