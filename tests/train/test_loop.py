@@ -6,9 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gramian.core.trajectory import displacement
 from gramian.errors import DivergedError, InputError, MissingExtraError, StoppedError
+from gramian.observe import recorder
 from gramian.observe.probe import Probe
 from gramian.train import checkpoint
 from gramian.train.loop import Trainer, Training
@@ -105,6 +108,39 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path, stopped_at) -> None:
     assert sorted(rows(whole), key=key) == sorted(rows(rest), key=key)
 
 
+@pytest.mark.parametrize("mode", ["sketch", "exact"])
+def test_a_resumed_run_has_the_trajectory_of_an_uninterrupted_one(tmp_path, mode) -> None:
+    settings = replace(SETTINGS, trajectory_every=5, trajectory=mode)
+
+    def points(name: str) -> dict[int, dict[str, Tensor]]:
+        files = recorder.points(tmp_path / name / "trajectory")
+        return {step: load_file(path) for step, path in files.items()}
+
+    whole, plain = trainer(tmp_path / "whole", settings), trainer(tmp_path / "plain")
+    assert list(points("whole")) == [0]
+    start = weights(whole)
+    whole.advance(24)
+    plain.advance(24)
+    assert torch.equal(weights(whole), weights(plain))
+    assert not (tmp_path / "plain" / "trajectory").exists()
+    part = trainer(tmp_path / "part", settings)
+    part.advance(18)
+    assert list(points("part")) == [0, 5, 10, 15]
+    rest = trainer(tmp_path / "part", settings, resume=True)
+    assert rest.step == 16
+    rest.advance(100)
+    assert trainer(tmp_path / "part", settings, resume=True).finished  # and changes nothing
+    assert list(points("part")) == [0, 5, 10, 15, 20, 24]
+    torch.testing.assert_close(points("part"), points("whole"), rtol=0, atol=0)
+    if mode == "exact":
+        names = [name for name, _ in whole.model.named_parameters()]
+        for step, vector in ((0, start), (24, weights(whole))):
+            assert torch.equal(torch.cat([points("whole")[step][name].flatten() for name in names]), vector)
+    else:
+        moved = recorder.read_sketches(tmp_path / "whole" / "trajectory").steps()
+        torch.testing.assert_close(displacement(moved)[-1].float(), (weights(whole) - start).norm())
+
+
 def test_a_changed_seed_is_noticed(tmp_path) -> None:
     """Control of the test above: dropout's stream matters."""
     one, other = (trainer(tmp_path / str(seed), replace(SETTINGS, seed=seed)) for seed in (0, 1))
@@ -140,8 +176,11 @@ def test_clipping_bounds_the_step_taken(tmp_path) -> None:
     assert min(norms) > 1e-3
 
 
+@pytest.mark.parametrize("trajectory_every", [0, 1])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, where) -> None:
+def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(
+    tmp_path, where, trajectory_every
+) -> None:
     def breaking(model: nn.Module, x: Tensor) -> Tensor:
         value = loss(model, x)
         if torch.equal(x, batches(13)):
@@ -149,12 +188,13 @@ def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, 
             return value + infinite if where == "gradient" else value * math.nan
         return value
 
-    one = trainer(tmp_path / "one", loss=breaking)
+    settings = replace(SETTINGS, trajectory_every=trajectory_every)
+    one = trainer(tmp_path / "one", settings, loss=breaking)
     with pytest.raises(DivergedError, match=rf"the {where} is not finite at step 13; .*step-00000008"):
         one.advance(24)
     saved = checkpoint.checkpoints(one.run.checkpoints)
     assert [each.step for each in saved] == [8]
-    fresh = trainer(tmp_path / "one", resume=True)
+    fresh = trainer(tmp_path / "one", settings, resume=True)
     assert torch.isfinite(weights(fresh)).all()
 
 
@@ -237,6 +277,8 @@ def test_bad_settings_are_named() -> None:
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch": 5, "accumulation": 2}, "not divisible by accumulation"),
         ({"keep": -1}, "keep"),
+        ({"trajectory_every": -1}, "trajectory_every cannot be negative"),
+        ({"trajectory": "all"}, "unknown trajectory 'all'"),
         ({"clip": 0.0}, "clip"),
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),

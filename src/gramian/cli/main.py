@@ -17,6 +17,7 @@ from gramian.cli.predict import predict
 from gramian.cli.quantise import quantise
 from gramian.cli.regress import regress
 from gramian.cli.train import train
+from gramian.cli.trajectory import trajectory
 from gramian.cli.verify import verify
 from gramian.compress.torch_ao import quieten
 from gramian.errors import GramianError, StoppedError
@@ -28,6 +29,7 @@ COMMANDS = {
     "generate": generate,
     "evaluate": evaluate,
     "observe": observe,
+    "trajectory": trajectory,
     "quantise": quantise,
     "regress": regress,
     "verify": verify,

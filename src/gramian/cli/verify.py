@@ -1,6 +1,7 @@
 """`gramian verify`: a published system's claim, tested on this machine."""
 
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,11 @@ SYSTEMS = (
     "scaled_resnet",
     "shaped_transformer",
     "ntk_ensemble",
+    "trajectory_geometry",
 )
+
+TABLES = ("start_table", "path_table", "table")
+"""Functions of a system that make rows of its result, in the order in which they are shown."""
 
 
 class RefutedError(GramianError):
@@ -32,6 +37,7 @@ def verify(
     text: tuple[Path, ...] = (),
     images: Path | None = None,
     tables: tuple[Path, ...] = (),
+    series: tuple[Path, ...] = (),
     runs: Path = Path("runs"),
     steps: int | None = None,
     seeds: tuple[int, ...] = (),
@@ -41,16 +47,18 @@ def verify(
     A run that was stopped goes on where it was.
 
     Args:
-        system: simplified_block, outlier_features, shortcut_free, scaled_resnet, shaped_transformer or
-            ntk_ensemble.
+        system: simplified_block, outlier_features, shortcut_free, scaled_resnet, shaped_transformer,
+            ntk_ensemble or trajectory_geometry.
         setting: quick takes minutes to an hour or two on two cores; decoder and encoder (simplified_block),
             codeparrot and opt (outlier_features), wikitext (shortcut_free), cifar10, cifar100 and tiny
-            (scaled_resnet), encoder (shaped_transformer), tables (ntk_ensemble) are the published settings.
+            (scaled_resnet), encoder (shaped_transformer), tables (ntk_ensemble), pythia (trajectory_geometry)
+            are the published settings.
         text: text to train on; the Python standard library when none is given.
-        images: images to train on, .npz or MNIST's format (scaled_resnet, ntk_ensemble); scikit-learn's
-            digits when not given.
+        images: images to train on, .npz or MNIST's format (scaled_resnet, ntk_ensemble,
+            trajectory_geometry); scikit-learn's digits when not given.
         tables: tables to learn from, .npz with X, y and perhaps splits (ntk_ensemble); diabetes when none is
             given.
+        series: folders of checkpoints, one for each model of a family (trajectory_geometry, pythia).
         runs: folder of run folders.
         steps: optimiser steps; a few minutes' worth when not given.
         seeds: repetitions; three when not given.
@@ -59,22 +67,26 @@ def verify(
         raise InputError(f"unknown system {system!r}; choose {', '.join(SYSTEMS)}")
     module = importlib.import_module(f"gramian.systems.{system}")
     config = module.quick() if setting == "quick" else module.paper(setting)
+    files = {"text": text, "images": images, "tables": tables, "series": series}
     if hasattr(config, "job"):
-        if tables:
-            raise InputError(f"{system} reads no tables")
+        for kind in ("tables", "series"):
+            if files[kind]:
+                raise InputError(f"{system} reads no {kind}")
         job = replace(config.job, runs=runs, data=_data(system, config.job.data, text, images))
         if steps is not None:
             job = replace(job, training=replace(job.training, steps=steps))
         config = replace(config, job=job, seeds=seeds or config.seeds)
     else:
-        if text:
-            raise InputError(f"{system} reads tables and images, not text")
-        config = module.given(config, runs=runs, tables=tables, images=images, steps=steps, seeds=seeds)
+        read = [kind for kind in inspect.signature(module.given).parameters if kind in files]
+        if unread := [kind for kind, value in files.items() if value and kind not in read]:
+            raise InputError(f"{system} reads {', '.join(read[:-1])} and {read[-1]}, not {unread[0]}")
+        wanted = {kind: files[kind] for kind in read}
+        config = module.given(config, runs=runs, steps=steps, seeds=seeds, **wanted)
     console = Console()
     console.print(" ".join(module.CLAIM.split()), highlight=False)
     result = module.run(config, console=console)
-    for rows in (module.start_table(result) if hasattr(module, "start_table") else (), module.table(result)):
-        if rows:
+    for name in TABLES:
+        if hasattr(module, name) and (rows := getattr(module, name)(result)):
             console.print(_table(rows))
     findings = module.check(result)
     for finding in findings:

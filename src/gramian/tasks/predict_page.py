@@ -172,12 +172,15 @@ def write_folder(
     page: Page,
     marker: str = PREDICTION,
     texts: Mapping[str, str] = MappingProxyType({}),
+    binaries: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
-    """Replace a folder by one with numbers as JSON, texts, report.html and the page's figures as .svg."""
+    """Replace a folder by one with numbers as JSON, more files, report.html and the page's figures as .svg."""
     with atomic_folder(folder) as temporary:
         write_json(temporary / marker, numbers)
         for name, text in texts.items():
             write_text(temporary / name, text)
+        for name, content in binaries.items():
+            (temporary / name).write_bytes(content)
         for section in page.sections:
             for block in section.blocks:
                 if isinstance(block, Plot):

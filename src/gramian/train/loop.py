@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gramian.errors import DivergedError, InputError, MissingExtraError
 from gramian.observe.probe import Probe
+from gramian.observe.recorder import MODES, TrajectoryRecorder
 from gramian.train import checkpoint, optimisers
 from gramian.train.run import Run
 from gramian.train.schedule import multiplier
@@ -68,6 +69,10 @@ class Training:
     """Checkpoints kept, newest first; 0 keeps all."""
     log_every: int = 10
     """Steps between two looks at the loss (each one waits for the device)."""
+    trajectory_every: int = 0
+    """Steps between two points of the recorded trajectory, of which the last step is one; 0 for none."""
+    trajectory: str = "sketch"
+    """What a point of the trajectory keeps: sketch, 64 KiB for any model, or exact, all weights."""
     tensorboard: bool = False
     """Also write TensorBoard files into the run folder."""
 
@@ -79,8 +84,11 @@ class Training:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch % self.accumulation:
             raise InputError(f"batch {self.batch} is not divisible by accumulation {self.accumulation}")
-        if self.keep < 0:
-            raise InputError(f"keep cannot be negative, got {self.keep}")
+        for name in ("keep", "trajectory_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} cannot be negative, got {getattr(self, name)}")
+        if self.trajectory not in MODES:
+            raise InputError(f"unknown trajectory {self.trajectory!r}; choose sketch or exact")
         if not self.clip > 0:
             raise InputError(f"clip must be positive (inf for none), got {self.clip:g}")
         if self.precision not in ("fp32", "bf16"):
@@ -157,6 +165,7 @@ class Trainer:
             self._accelerator.init_trackers("tensorboard")
         if resume:
             self._restore()
+        self._recorder = self._start_trajectory()
         if self.step == 0:
             self._record.keep_first(0)
             self._write_evaluation()
@@ -182,12 +191,13 @@ class Trainer:
         """Take up to `steps` optimiser steps, with the readings and checkpoints that fall due.
 
         Raises: DivergedError at the first step whose loss or gradient is not finite, or when a weight is not
-            finite at a checkpoint; what was saved stays.
+            finite at a checkpoint or a point of the trajectory; what was saved stays.
         """
         self.model.train()
         self._group_start, self._group_observed = time.perf_counter(), False
         for _ in range(min(steps, self.settings.steps - self.step)):
             self._take_step()
+            self._record_trajectory()
             due = {
                 name: self.step % every == 0 or self.finished
                 for name, every in (
@@ -234,6 +244,32 @@ class Trainer:
         self._record.keep_first(self._rows)
         for row in self._record.read():
             self._remember(row)
+
+    def _start_trajectory(self) -> TrajectoryRecorder | None:
+        """Begin the trajectory, or go on with it: later points of a run that was cut off are dropped."""
+        settings = self.settings
+        if not (settings.trajectory_every and self._accelerator.is_main_process):
+            return None
+        model = self._accelerator.unwrap_model(self._forward)
+        recorder = TrajectoryRecorder(model, self.run.folder / "trajectory", settings.trajectory)
+        recorder.start(self.step)
+        recorder.record_if_due(self.step, settings.trajectory_every, self.finished)
+        return recorder
+
+    def _record_trajectory(self) -> None:
+        """Record a point if it is due; the time that this takes is no training time."""
+        recorder, every = self._recorder, self.settings.trajectory_every
+        if recorder is None or not recorder.due(self.step, every, self.finished):
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the steps before are training time
+        began = time.perf_counter()
+        try:
+            recorder.record(self.step)
+        except DivergedError:
+            self._flush()  # which names the step whose loss or gradient was at fault
+            raise
+        self._group_start += time.perf_counter() - began
 
     def _remember(self, row: dict[str, Any]) -> None:
         """Keep the latest of every number but the step."""
