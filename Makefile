@@ -28,6 +28,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/covariance_sde.py
 	$(BIN)/python benchmarks/ntk.py
+	$(BIN)/python benchmarks/trajectory.py
 
 # The report's browser test runs when Chromium is there (Debian: as root).
 browser:

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -150,6 +151,10 @@ def row(name: str, seconds: dict[str, list[float]]) -> str:
     )
 
 
+def wrapped(*pieces: str) -> list[str]:
+    return textwrap.wrap(" ".join(pieces), 120, subsequent_indent="  " if pieces[0].startswith("-") else "")
+
+
 def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser()
@@ -182,12 +187,16 @@ def main() -> None:
     disk = size / statistics.median(from_disk["plain reads"])
     rate = long_parameters / statistics.median(long["gramian"])
     hours, bytes_ = BIG[0] / rate / 3600, BIG[0] * BIG[1] * 2
+    reading = bytes_ / disk / 3600
+    whole_map = pair * len(pairs)
     lines = [
-        f"{n} checkpoints of {parameters / 1e6:.1f} M bfloat16 parameters, {size / 1e9:.2f} GB. `plain reads` reads "
-        "every file once, 4 MiB at a time, and does nothing with it; `gramian` takes the Gram of every tensor "
-        "and saves what it found as it goes. Interleaved, medians of "
-        f"{arguments.rounds} rounds (range), the ratio the median of the rounds' ratios. "
-        "From disk: the operating system was asked to forget the files before each run.",
+        *wrapped(
+            f"{n} checkpoints of {parameters / 1e6:.1f} M bfloat16 parameters, {size / 1e9:.2f} GB.",
+            "`plain reads` reads every file once, 4 MiB at a time, and does nothing with it; `gramian` takes",
+            "the Gram of every tensor and saves what it found as it goes. Interleaved, medians of",
+            f"{arguments.rounds} rounds (range); the ratio is the median of the rounds' ratios. From",
+            "disk: the operating system was asked to forget the files before each run.",
+        ),
         "",
         "| files | plain reads, s | gramian, s | ratio |",
         "|---|---|---|---|",
@@ -195,15 +204,21 @@ def main() -> None:
         row("in the operating system's memory", from_memory),
         row(f"{BIG[1]} checkpoints of {long_parameters / 1e6:.1f} M, in memory", long),
         "",
-        f"- Peak memory of a process that does it: {peak:.2f} GB. Largest error of a Gram's entry: {wrong:.1e} of the "
-        "product of the rows' norms.",
-        f"- Pair by pair (load two files, flatten, cosine): {pair:.2f} s a pair with the files in memory, "
-        f"{len(pairs)} pairs, {pair * len(pairs) / 60:.0f} min for one map of the whole model: "
-        f"{pair * len(pairs) / ours:.0f} × gramian from disk, which gives all maps of all layers.",
-        f"- Projection to {BIG[1]} checkpoints of {BIG[0] / 1e9:.0f} B: {bytes_ / 1e12:.2f} TB. At this disk's "
-        f"{disk / 1e9:.2f} GB/s reading alone takes {bytes_ / disk / 3600:.2f} h; at {BIG[1]} checkpoints these cores do "
-        f"{rate / 1e6:.2f} M parameters/s, so {hours:.2f} h of arithmetic; the longer of the two if both overlap "
-        f"wholly, {hours + bytes_ / disk / 3600:.2f} h if not at all. Not run.",
+        *wrapped(
+            f"- Peak memory of a process that does it: {peak:.2f} GB. Largest error of a Gram's entry:",
+            f"{wrong:.1e} of the product of the rows' norms.",
+        ),
+        *wrapped(
+            f"- Pair by pair (load two files, flatten, cosine): {pair:.2f} s a pair with the files in",
+            f"memory, {len(pairs)} pairs, {whole_map / 60:.0f} min for one map of the whole model:",
+            f"{whole_map / ours:.0f} × gramian from disk, which gives all maps of all layers.",
+        ),
+        *wrapped(
+            f"- Projection to {BIG[1]} checkpoints of {BIG[0] / 1e9:.0f} B: {bytes_ / 1e12:.2f} TB. At this",
+            f"disk's {disk / 1e9:.2f} GB/s reading alone takes {reading:.2f} h; at {BIG[1]} checkpoints these",
+            f"cores do {rate / 1e6:.2f} M parameters/s, so {hours:.2f} h of arithmetic.",
+            f"{max(hours, reading):.2f} h if both overlap wholly, {hours + reading:.2f} h if not at all. Not run.",
+        ),
     ]
     write_results("trajectory", lines, {"safetensors": safetensors_version})
 

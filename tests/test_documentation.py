@@ -12,13 +12,19 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def programs(page: str, heading: str) -> list[str]:
-    """Return the Python programs of a page from a heading on."""
+    """Return the Python programs of a page's section."""
     text = (DOCS / page).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", text[text.index(heading) :], flags=re.MULTILINE | re.DOTALL)
+    section = text[text.index(heading) + len(heading) :].partition("\n## ")[0]
+    return re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize(
-    ("page", "heading"), [("ntk_ensemble.md", "## From Python"), ("frameworks.md", "## scikit-learn")]
+    ("page", "heading"),
+    [
+        ("ntk_ensemble.md", "## From Python"),
+        ("frameworks.md", "## scikit-learn"),
+        ("frameworks.md", "## The trajectory of a training"),
+    ],
 )
 def test_programs_run(page: str, heading: str, tmp_path: Path) -> None:
     (program,) = programs(page, heading)

@@ -23,7 +23,7 @@ def command(line: str) -> list[str]:
         return ["make", "--dry-run", "-C", str(ROOT), *arguments]  # the target and its recipe exist
     assert program == "gramian", line
     smaller = {
-        "train": SMALLER,
+        "train": f"{SMALLER} --checkpoint-every 1",
         "compare": SMALLER,
         "verify": "--steps 2 --seeds 0 1",
         "regress": "--steps 10 --members 2 --widths 8",

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 
+import mpmath
 import pytest
 import torch
 from scipy.stats import beta, binom
@@ -64,7 +65,7 @@ def test_order_of_the_bounds():
     tight, quadratic, classic = (f(risk, kl, 2000, 0.05) for f in (kl_bound, quadratic_bound, classic_bound))
     assert (tight <= torch.minimum(quadratic, classic)).all()
     small = quadratic <= 0.25
-    assert (0 < small.sum()) & (small.sum() < 3000)
+    assert 0 < int(small.sum()) < 3000
     assert ((quadratic <= classic) == small).all()
     alone = kl_bound(risk, 0, 2000, 0.05)
     assert (chernoff_bound(risk, 2000, 0.05) <= alone).all()
@@ -157,15 +158,15 @@ def slope(values: Tensor, sizes: Tensor) -> float:
 def test_rate_of_the_sampled_certificate():
     draws = 10 ** torch.arange(4, 9)
     for risk, rate in ((0.1, -0.5), (0.0, -1.0)):  # control: without errors it is faster
-        exact = kl_bound(risk, KL, N, DELTA)
         above = torch.stack([sampled_risk_bound(risk, int(m), 0.01) for m in draws])
-        gaps = kl_bound(above, KL, N, DELTA) - exact
-        assert slope(gaps, draws.double()) == pytest.approx(rate, abs=0.06)
+        assert slope(above - risk, draws.double()) == pytest.approx(rate, abs=0.02)
+        gaps = kl_bound(above, KL, N, DELTA) - kl_bound(risk, KL, N, DELTA)
+        assert slope(gaps, draws.double()) == pytest.approx(rate, abs=0.02 if risk else 0.15)  # ln(m)/m
 
 
 def test_binomial_bound_is_clopper_pearson_from_above():
     for n in (1, 9, 250, 30_000):
-        for errors in {0, 1, n // 3, n - 1}:
+        for errors in {0, n // 3, n - 1}:
             for delta in (0.3, 0.01, 1e-9):
                 bound = binomial_bound(errors, n, delta)
                 expected = beta.isf(delta, errors + 1, n - errors)
@@ -173,6 +174,11 @@ def test_binomial_bound_is_clopper_pearson_from_above():
                 assert bound >= expected or bound == 1
                 assert bound <= chernoff_bound(errors / n, n, delta).item() * (1 + 1e-11)
     assert binomial_bound(7, 7, 0.05) == 1
+    with mpmath.workdps(60):
+        for errors in range(49):
+            p = mpmath.mpf(binomial_bound(errors, 50, 0.05))
+            below = sum(math.comb(50, k) * p**k * (1 - p) ** (50 - k) for k in range(errors + 1))
+            assert below <= 0.05
     assert binomial_bound(0, 50, 0.05) == pytest.approx(1 - 0.05 ** (1 / 50), rel=1e-10)
 
 

@@ -89,7 +89,8 @@ class Certificate:
             "the fixed predictor" if self.fixed else "the random predictor, which draws for every prediction,"
         )
         if self.vacuous:
-            return f"Nothing is certified: the bound of the {self.loss} of {about} is 100 % ({self._terms()})."
+            claim = f"the bound of the {self.loss} of {about} is 100 %"
+            return f"Nothing is certified: {claim} ({self._terms()})."
         chance = _percent(self.confidence + 1e-12, math.floor)
         return (
             f"With probability at least {chance}, the expected {self.loss} of {about} is at most "

@@ -53,8 +53,8 @@ class Split:
         shared = self.bound.cpu()[torch.isin(self.bound.cpu(), _indices(seen))]
         if len(shared):
             raise InputError(
-                f"{len(shared)} of the {self.n} examples of the bound set were seen before, such as number "
-                f"{int(shared[0])}; make the prior (or fixed predictor) from the prior set alone, or split anew"
+                f"{len(shared)} of the {self.n} examples of the bound set were seen before, such as "
+                f"number {int(shared[0])}; make the prior or fixed predictor from others, or split anew"
             )
 
 

@@ -1,19 +1,23 @@
 """Many random masks at once: the outputs of a model under independent draws of its masked weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gramian.compress.masks import key_of, masks_of, originals_of
 from gramian.compress.structures import Patterns
 from gramian.errors import InputError
 
-ELEMENTS = 2**24
-"""Numbers, weights and activations together, that one block of draws may hold."""
+ELEMENTS = {"cpu": 2**22}
+"""Numbers, weights and activations together, that one block of draws may hold: what fits into a cache."""
+MEMORY_ELEMENTS = 2**27
+"""The same on an accelerator."""
 
 ELEMENTWISE = (
     nn.ReLU,
@@ -44,13 +48,14 @@ def draw_outputs(
     generator: torch.Generator | None,
     *,
     read: Callable[[Tensor], Tensor] | None = None,
-    elements: int = ELEMENTS,
+    elements: int | None = None,
 ) -> Shaped[Tensor, "draws ..."]:
     """Return f(x; m_k ∘ w) of independent masks m_1, …, m_K, every one on all of x.
 
     `read` maps the outputs of a block of draws, (k, n, …), to what is kept of them, so that many draws need
-    not fit into memory. Chains of linear layers and elementwise activations are batched products with the
-    features first; any other model is mapped over its drawn weights by vmap.
+    not fit into memory; a block holds some `elements` numbers. Chains of linear layers and elementwise
+    activations are batched products with the features first; any other model is mapped over its drawn weights
+    by vmap.
 
     Shapes: x (n, …) -> (draws, n, …), or what `read` makes of it.
     Raises: InputError for fewer than one draw, a model without masks, and one that is in training: its
@@ -63,26 +68,35 @@ def draw_outputs(
         raise InputError("masks are drawn for a model in evaluation; call model.eval() first")
     masks, weights = masks_of(model), originals_of(model)
     chain = _chain(model, x)
-    size = _elements(model, x)
+    limit = ELEMENTS.get(x.device.type, MEMORY_ELEMENTS) if elements is None else elements
+    size, columns = _elements(model, x), x if chain is None else x.flatten(1).mT.contiguous()
     found = []
     while draws > 0:
-        count = min(draws, max(1, elements // size))
+        count = min(draws, max(1, limit // size))
         drawn = {name: mask.draws(weights[name], count, generator) for name, mask in masks.items()}
-        outputs = _mapped(model, drawn, x) if chain is None else _chained(chain, drawn, x)
+        outputs = _mapped(model, drawn, x) if chain is None else _chained(chain, drawn, columns)
         found.append(outputs if read is None else read(outputs))
         draws -= count
     return torch.cat(found)
 
 
 def error_reader(targets: Shaped[Tensor, " n"]) -> Callable[[Tensor], Tensor]:
-    """Return a reader of 0-1 losses: 1 where the largest of the outputs is not that of the class.
+    """Return a reader of 0-1 losses: 0 only where the output of the class is above all others.
+
+    Equal largest outputs and outputs that are not numbers are errors, whichever of them argmax would pick.
 
     Shapes: outputs (k, n, classes) -> (k, n).
-    Holds: exactly; equal largest outputs count as the first of them.
+    Raises: InputError for a class that is not among the outputs.
+    Holds: exactly.
     """
 
     def read(outputs: Float[Tensor, "k n classes"]) -> Float[Tensor, "k n"]:
-        return (outputs.argmax(-1) != targets).to(outputs.dtype)
+        if not 0 <= int(targets.min()) <= int(targets.max()) < outputs.shape[-1]:
+            raise InputError(f"classes must be from 0 to {outputs.shape[-1] - 1}, as there are outputs")
+        index = targets.expand(len(outputs), -1)[..., None]
+        own = outputs.gather(-1, index)[..., 0]
+        others = outputs.scatter(-1, index, -torch.inf).amax(-1)
+        return (~(own > others)).to(outputs.dtype)
 
     return read
 
@@ -118,7 +132,8 @@ class MaskedLoss:
         def single(values: dict[str, Tensor]) -> Tensor:
             return self.loss(functional_call(self.model, values, (self.x,)), self.y)
 
-        return vmap(single, randomness="different")(given)
+        with _mapped_attention(self.x.device):
+            return vmap(single, randomness="different")(given)
 
     def moments(self, logits: Float[Tensor, " p"], generator: torch.Generator | None) -> Float[Tensor, ""]:
         """Return one draw of the loss under moment matching; see `compress.moments`."""
@@ -159,19 +174,32 @@ def set_gradients(model: nn.Module, gradient: Float[Tensor, " p"]) -> None:
 
 def _mapped(model: nn.Module, drawn: dict[str, Tensor], x: Tensor) -> Tensor:
     given = {key_of(name, "0.given"): weight for name, weight in drawn.items()}
-    return vmap(lambda values: functional_call(model, values, (x,)), randomness="different")(given)
+    with _mapped_attention(x.device):
+        return vmap(lambda values: functional_call(model, values, (x,)), randomness="different")(given)
 
 
-def _chain(model: nn.Module, x: Tensor) -> list[tuple[str, nn.Module]] | None:
+@contextmanager
+def _mapped_attention(device: torch.device) -> Iterator[None]:
+    """Keep attention from the kernels that vmap can only call draw by draw."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _chain(model: nn.Module, x: Tensor) -> list[tuple[str, Any]] | None:
     """Return the modules of a chain of linear layers and elementwise activations by name, or None."""
     masks, flat, linear = masks_of(model), x.ndim == 2 and x.is_floating_point(), set()
-    steps = [
+    steps: list[tuple[str, Any]] = [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
         if _is_step(name, module)
     ]
     for name, module in steps:
-        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+        if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
             flat = True
         elif type(module) in ELEMENTWISE and not module._forward_hooks:
             continue
@@ -189,20 +217,18 @@ def _is_step(name: str, module: nn.Module) -> bool:
     return type(module) is not nn.Sequential and "parametrizations" not in name.split(".")
 
 
-def _chained(steps: list[tuple[str, Any]], drawn: dict[str, Tensor], x: Tensor) -> Tensor:
-    h = x.flatten(1).mT
+def _chained(steps: list[tuple[str, Any]], drawn: dict[str, Tensor], columns: Tensor) -> Tensor:
+    h = columns
     for name, module in steps:
-        if isinstance(module, nn.Flatten):
-            continue
-        if type(module) in ELEMENTWISE:
-            h = module(h)
-            continue
-        weight = drawn.get(name, module.weight)
-        if weight.ndim == 3 and h.ndim == 2:  # all draws are rows of one product
-            h = (weight.flatten(0, 1) @ h).unflatten(0, weight.shape[:2])
-        else:
+        kind: type = type(module)
+        if kind is nn.ReLU and h.ndim == 3:
+            h = h.relu_()
+        elif kind in ELEMENTWISE:
+            h = module(h.clone() if h is columns else h)  # the module may work in place
+        elif kind is not nn.Flatten:
+            weight: Any = drawn.get(name, module.weight)
             h = weight @ h
-        h = h if module.bias is None else h.add_(module.bias[:, None])
+            h = h if module.bias is None else h.add_(module.bias[:, None])
     return h.mT
 
 
@@ -212,4 +238,4 @@ def _elements(model: nn.Module, x: Tensor) -> int:
     widest = max(mask.size_of(weights[name])[0] for name, mask in masks.items())
     one = x[:1]
     positions = one.numel() // min(one.shape[1:]) if one.is_floating_point() and x.ndim > 1 else one.numel()
-    return sum(weight.numel() for weight in weights.values()) + 3 * len(x) * widest * max(1, positions)
+    return sum(weight.numel() for weight in weights.values()) + 2 * len(x) * widest * max(1, positions)

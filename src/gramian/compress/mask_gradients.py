@@ -91,12 +91,12 @@ def score_function(
         (1/K) Σ_k (L_k − mean_{i≠k} L_i)(m_k − λ)
 
     Raises: InputError for fewer than two draws.
-    Holds: exactly, on average; variance falls as 1/K.
+    Holds: exactly, on average; variance O(1/K).
     Source: Kool, van Hoof, Welling 2019 (leave-one-out baseline); Williams 1992.
     """
     if draws < 2:
         raise InputError(f"leaving one out needs at least 2 draws, got {draws}")
-    masks = Weights().hard(logits, _uniform(draws, logits, generator))
+    masks = _drawn(draws, logits, generator)
     losses = loss(masks)
     others = (losses.sum() - losses) / (draws - 1)
     return ((losses - others) @ (masks - logits.sigmoid())) / draws
@@ -140,36 +140,41 @@ def disarm(
 
 
 def relaxed(
-    loss: Loss, logits: Float[Tensor, " p"], generator: torch.Generator, temperature: float = 0.5
+    loss: Loss,
+    logits: Float[Tensor, " p"],
+    generator: torch.Generator,
+    temperature: float = 0.5,
+    draws: int = 1,
 ) -> Float[Tensor, " p"]:
     """Return the gradient through a relaxed mask.
 
         ∂L(z)/∂s,  z = σ((s + ln u − ln(1 − u)) / τ)
 
-    Raises: InputError unless the temperature is positive.
+    Raises: InputError unless the temperature is positive, and for fewer than one draw.
     Holds: empirically: the bias falls with τ and the variance grows.
     Source: Maddison, Mnih, Teh 2017, arXiv 1611.00712; Jang, Gu, Poole 2017, arXiv 1611.01144.
     """
     if not temperature > 0:
         raise InputError(f"a temperature must be positive, got {temperature}")
     s = logits.detach().requires_grad_()
-    z = Weights().soft(s, _uniform(1, s, generator), temperature)
-    return torch.autograd.grad(loss(z).sum(), s)[0]
+    z = Weights().soft(s, _uniform(draws, s, generator), temperature)
+    return torch.autograd.grad(loss(z).mean(), s)[0]
 
 
 def straight_through(
-    loss: Loss, logits: Float[Tensor, " p"], generator: torch.Generator
+    loss: Loss, logits: Float[Tensor, " p"], generator: torch.Generator, draws: int = 1
 ) -> Float[Tensor, " p"]:
     """Return the gradient by the mask where it was drawn, as if it were that by the probability.
 
         λ_j (1 − λ_j) ∂L/∂m_j (m)
 
+    Raises: InputError for fewer than one draw.
     Holds: never for a loss that is curved in m_j. Under squared loss of a linear model ∂F/∂λ_j comes out too
     small by s_j (1 − 2λ_j) w_j² exactly: too many weights with λ < ½ are kept, too many with λ > ½ dropped.
     Source: Bengio, Léonard, Courville 2013, arXiv 1308.3432.
     """
-    mask = Weights().hard(logits.detach(), _uniform(1, logits, generator)).requires_grad_()
-    slope = torch.autograd.grad(loss(mask).sum(), mask)[0][0]
+    mask = _drawn(draws, logits, generator).requires_grad_()
+    slope = torch.autograd.grad(loss(mask).mean(), mask)[0].sum(0)
     return _chain(slope, logits)
 
 
@@ -185,7 +190,7 @@ def straight_through_half(
     Holds: exactly, on average, where the loss is at most quadratic in each m_j: L(1) − L(0) is then the slope
     in the middle.
     """
-    mask = Weights().hard(logits.detach(), _uniform(1, logits, generator))
+    mask = _drawn(1, logits, generator)
     middle = mask.repeat(mask.shape[1], 1).fill_diagonal_(0.5).requires_grad_()
     slope = torch.autograd.grad(loss(middle).sum(), middle)[0].diagonal()
     return _chain(slope, logits)
@@ -209,16 +214,20 @@ def moment_matching(
     return torch.autograd.grad(loss.moments(s, generator), s)[0]
 
 
-def hard_concrete(loss: Loss, logits: Float[Tensor, " p"], generator: torch.Generator) -> Float[Tensor, " p"]:
+def hard_concrete(
+    loss: Loss, logits: Float[Tensor, " p"], generator: torch.Generator, draws: int = 1
+) -> Float[Tensor, " p"]:
     """Return the gradient through a hard concrete mask: a peer's objective, not an estimate of ∇F.
 
         ∂L(z)/∂s,  z = clip(σ((s + ln u − ln(1 − u)) / b)(ζ − γ) + γ, 0, 1)
 
+    Raises: InputError for fewer than one draw.
     Holds: exactly, on average, for E_z[L(z)].
     Source: Louizos, Welling, Kingma 2018, arXiv 1712.01312.
     """
     s = logits.detach().requires_grad_()
-    return torch.autograd.grad(loss(hard_concrete_mask(s, _uniform(1, s, generator))).sum(), s)[0]
+    z = hard_concrete_mask(s, _uniform(draws, s, generator))
+    return torch.autograd.grad(loss(z).mean(), s)[0]
 
 
 def hard_concrete_kept(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -275,13 +284,17 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def _uniform(count: int, logits: Tensor, generator: torch.Generator) -> Tensor:
+    if count < 1:
+        raise InputError(f"at least one draw is needed, got {count}")
     size = (count, *logits.shape)
     return torch.rand(size, generator=generator, dtype=logits.dtype, device=logits.device)
 
 
+def _drawn(count: int, logits: Tensor, generator: torch.Generator) -> Tensor:
+    return Weights().hard(logits.detach(), _uniform(count, logits, generator)).to(logits.dtype)
+
+
 def _antithetic(logits: Tensor, generator: torch.Generator, draws: int) -> tuple[Tensor, Tensor, Tensor]:
-    if draws < 1:
-        raise InputError(f"at least one draw is needed, got {draws}")
     u = _uniform(draws, logits, generator)
     return u, (u > (-logits).sigmoid()).to(u.dtype), (u < logits.sigmoid()).to(u.dtype)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -92,9 +92,10 @@ class StochasticMask(nn.Module):
         size = tuple(weight.shape)
         return (size[1], size[0], *size[2:]) if self.transposed else size
 
-    def spread(self, units: Float[Tensor, "..."], weight: Tensor) -> Float[Tensor, "..."]:
-        """Return units, batched or not, in a shape that broadcasts to the weight's and in its dtype."""
-        mask = self.structure.spread(units, self.size_of(weight)).to(weight.dtype)
+    def spread(self, units: Shaped[Tensor, "..."], weight: Tensor) -> Shaped[Tensor, "..."]:
+        """Return units, batched or not, in a shape that broadcasts to the weight's; numbers in its dtype."""
+        mask = self.structure.spread(units, self.size_of(weight))
+        mask = mask if mask.dtype == torch.bool else mask.to(weight.dtype)
         return mask.transpose(-weight.ndim, 1 - weight.ndim) if self.transposed else mask
 
     def gather(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -109,9 +110,9 @@ class StochasticMask(nn.Module):
         values = weight
         if self.log_std is not None and self.mode in _DRAWN:
             values = weight + self.log_std.exp() * _drawn(self.weight_noise)
-        return self.spread(self.current(), weight) * values
+        return _applied(self.spread(self.current(), weight), values)
 
-    def current(self) -> Float[Tensor, "..."]:
+    def current(self) -> Shaped[Tensor, "..."]:
         """Return the units of the mode as it is now."""
         match self.mode:
             case "mean" | "moments":
@@ -127,7 +128,8 @@ class StochasticMask(nn.Module):
         hard = self.structure.hard(self.logits.detach(), _drawn(self.noise))
         if self.mode == "sample":
             return hard
-        return hard + self.probabilities - self.probabilities.detach()
+        chance = self.probabilities
+        return hard + (chance - chance.detach())
 
     def draw(self, generator: torch.Generator | None) -> None:
         """Draw the noise of one mask, and of Gaussian weights."""
@@ -140,9 +142,9 @@ class StochasticMask(nn.Module):
         noise = torch.rand(count, *self.logits.shape, generator=generator, device=self.logits.device)
         mask = self.spread(self.structure.hard(self.logits, noise), weight)
         if self.log_std is None:
-            return mask * weight
+            return _applied(mask, weight)
         normal = weight.new_empty(count, *weight.shape).normal_(generator=generator)
-        return mask * (weight + self.log_std.exp() * normal)
+        return _applied(mask, weight + self.log_std.exp() * normal)
 
 
 def hard_concrete(logits: Float[Tensor, "..."], noise: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -213,6 +215,7 @@ def remove_masks(model: nn.Module, *, apply: bool = False) -> None:
     for layer, mask in _layers(model).values():
         value = layer.weight.detach().clone() if apply else None
         others = [name for name in layer._parameters if name != "weight"]
+        _own_class(layer)
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
         for name in others:  # the weight was put last; torch's layers have it first
             layer._parameters[name] = layer._parameters.pop(name)
@@ -330,10 +333,20 @@ def export_state(model: nn.Module) -> dict[str, Tensor]:
 _DRAWN = ("sample", "straight_through", "relaxed", "hard_concrete")
 
 
+def _applied(mask: Tensor, values: Tensor) -> Tensor:
+    return torch.where(mask, values, 0.0) if mask.dtype == torch.bool else mask * values
+
+
 def _drawn(noise: Tensor | None) -> Tensor:
     if noise is None:
         raise InputError("no mask has been drawn; call draw(model, generator) before the forward pass")
     return noise
+
+
+def _own_class(layer: nn.Module) -> None:
+    """Give a layer a class of its own: a deep copy shares it, and torch takes `weight` out of the class."""
+    shared: Any = type(layer)
+    layer.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[Any, StochasticMask]]:

@@ -10,7 +10,7 @@ from itertools import combinations
 from math import prod
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from gramian.errors import InputError
@@ -58,17 +58,17 @@ class Weights:
         """Return logits with the given λ."""
         return probabilities.logit()
 
-    def hard(self, logits: Float[Tensor, "..."], noise: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Return the units, 0 or 1, that uniform noise draws."""
-        return (noise < logits.sigmoid()).to(logits.dtype)
+    def hard(self, logits: Float[Tensor, "..."], noise: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Return the units that uniform noise keeps."""
+        return noise < logits.sigmoid()
 
     def soft(
         self, logits: Float[Tensor, "..."], noise: Float[Tensor, "..."], temperature: float
     ) -> Float[Tensor, "..."]:
         """Return the relaxed units of the same noise; they tend to the hard ones as τ → 0."""
-        return ((logits - noise.logit(NOISE_EDGE)) / temperature).sigmoid()
+        return (logits - noise.logit(NOISE_EDGE)).div_(temperature).sigmoid_()
 
-    def best(self, logits: Float[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def best(self, logits: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Return the most probable units, λ > ½."""
         return logits > 0
 
@@ -192,9 +192,9 @@ class Patterns(Weights):
         """Return the logits of independent weights conditioned on n kept: s_gk = Σ_j e_kj ln(λ_j/(1−λ_j))."""
         return probabilities.logit() @ self.table(probabilities).mT
 
-    def hard(self, logits: Float[Tensor, "..."], noise: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def hard(self, logits: Float[Tensor, "..."], noise: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Return the pattern that Gumbel noise picks."""
-        return self.table(logits)[(logits + _gumbel(noise)).argmax(-1)]
+        return self.table(logits)[(logits + _gumbel(noise)).argmax(-1)] > 0
 
     def soft(
         self, logits: Float[Tensor, "..."], noise: Float[Tensor, "..."], temperature: float
@@ -202,11 +202,11 @@ class Patterns(Weights):
         """Return the mixture of patterns under Gumbel softmax."""
         return ((logits + _gumbel(noise)) / temperature).softmax(-1) @ self.table(logits)
 
-    def best(self, logits: Float[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def best(self, logits: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Return the most probable pattern of each group, the first of equal ones."""
         return self.table(logits)[logits.argmax(-1)] > 0
 
-    def top(self, scores: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def top(self, scores: Shaped[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Return the n highest of every m scores, the first of equal ones."""
         order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.n]
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)

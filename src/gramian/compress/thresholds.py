@@ -77,5 +77,5 @@ def _drawn(model: nn.Module, generator: torch.Generator) -> Units:
     units = {}
     for name, mask in masks_of(model).items():
         noise = torch.rand(mask.logits.shape, generator=generator, device=mask.logits.device)
-        units[name] = mask.structure.hard(mask.logits, noise) > 0
+        units[name] = mask.structure.hard(mask.logits, noise)
     return units

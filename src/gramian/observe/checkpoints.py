@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from gramian.observe.saved_grams import SavedGrams
 
 BUFFER = 32 * 2**20
 """Bytes that a thread reads before it computes."""
+
+AHEAD = 64 * 2**20
+"""Bytes that the operating system is asked to have ready for each thread."""
 
 UNIT = (2**18, 2**24)
 """Parameters of the smallest and of the largest piece of work."""
@@ -113,7 +117,9 @@ def stream(
 
     def grams(unit: int) -> dict[str, Tensor] | None:
         found: dict[str, Tensor] = {}
-        for piece in work[unit]:
+        for piece, following in zip_longest(work[unit], work[unit][1:]):
+            if following is not None:
+                _prefetch(tensors[following.tensor], following.start, following.stop)
             sums = _piece_grams(tensors[piece.tensor], parts[piece.tensor], piece, leave_out, advanced, halt)
             if sums is None:
                 return None
@@ -212,9 +218,12 @@ def _piece_grams(
     largest = max(stored.dtype.itemsize for stored in tensor.stored)
     work = torch.float32 if largest == 2 else torch.float64
     width = max(1, BUFFER // (n * largest) // columns(n)) * columns(n)
+    window = max(1, AHEAD // 2 // (n * largest) // width) * width
     for start in range(piece.start, piece.stop, width):
         if halt.is_set():
             return None
+        if (start - piece.start) % window == 0:
+            _prefetch(tensor, start + (window if start > piece.start else 0), piece.stop)
         rows = _rows(tensor, start, min(start + width, piece.stop))
         before = sums.clone()
         add_products(sums, rows, start, parts, work)
@@ -227,6 +236,14 @@ def _piece_grams(
                 raise _not_finite(tensor.name, tensor.stored[bad].file)
         advanced(sum(row.nbytes for row in rows))
     return sums
+
+
+def _prefetch(tensor: Aligned, start: int, stop: int) -> None:
+    """Ask the operating system for the next elements of a tensor in all checkpoints."""
+    count = AHEAD // sum(stored.dtype.itemsize for stored in tensor.stored)
+    for stored in tensor.stored:
+        if start < stop:
+            stored.prefetch(start, min(count, stop - start))
 
 
 def _rows(tensor: Aligned, start: int, stop: int) -> Tensor | list[Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gramian.observe.parts import Part
 
-CACHE = 3 * 2**17
+CACHE = 10 * 2**15
 """Numbers that are worked on at once: few enough for a core's cache."""
 
 SAMPLE = 8192
@@ -51,9 +51,12 @@ def add_products(
     """
     n, width = len(rows), len(rows[0])
     at_once = columns(n)
+    products = torch.zeros(n, n, dtype=work)
+    points, increments = thread_memory("increments", (2, n, at_once), work)
     for low in range(0, width, at_once):
         high = min(low + at_once, width)
-        points, increments = thread_memory("increments", (2, n, high - low), work)
+        if high - low < at_once:
+            points, increments = points[:, : high - low], increments[:, : high - low]
         for place, row in enumerate(rows) if isinstance(rows, list) else ((slice(None), rows),):
             points[place].copy_(row[..., low:high])
         increments[0] = points[0]
@@ -62,7 +65,8 @@ def add_products(
             mine = increments if chosen is None else increments[:, chosen]
             for top in range(0, n, STRIP[work]):
                 end = min(top + STRIP[work], n)
-                grams[part, top:end, top:] += mine[top:end] @ mine[top:].T
+                torch.mm(mine[top:end], mine[top:].T, out=products[top:end, top:])
+            grams[part, :n] += products
     for part, chosen in _divided(start, start + width, parts):
         for place, row in ((0, rows[0]), (-1, rows[-1])):
             grams[part, n, place] += rounding_variance(row if chosen is None else row[chosen])

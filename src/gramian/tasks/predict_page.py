@@ -174,7 +174,7 @@ def write_folder(
     texts: Mapping[str, str] = MappingProxyType({}),
     binaries: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
-    """Replace a folder by one with numbers as JSON, more files, report.html and the page's figures as .svg."""
+    """Replace a folder by one with numbers as JSON, other files, report.html and the figures as .svg."""
     with atomic_folder(folder) as temporary:
         write_json(temporary / marker, numbers)
         for name, text in texts.items():
