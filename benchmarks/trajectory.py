@@ -214,10 +214,11 @@ def main() -> None:
             f"{whole_map / ours:.0f} × gramian from disk, which gives all maps of all layers.",
         ),
         *wrapped(
-            f"- Projection to {BIG[1]} checkpoints of {BIG[0] / 1e9:.0f} B: {bytes_ / 1e12:.2f} TB. At this",
-            f"disk's {disk / 1e9:.2f} GB/s reading alone takes {reading:.2f} h; at {BIG[1]} checkpoints these",
-            f"cores do {rate / 1e6:.2f} M parameters/s, so {hours:.2f} h of arithmetic.",
-            f"{max(hours, reading):.2f} h if both overlap wholly, {hours + reading:.2f} h if not at all. Not run.",
+            f"- Projection to {BIG[1]} checkpoints of {BIG[0] / 1e9:.0f} B: {bytes_ / 1e12:.2f} TB.",
+            f"At this disk's {disk / 1e9:.2f} GB/s reading alone takes {reading:.2f} h;",
+            f"at {BIG[1]} checkpoints these cores do {rate / 1e6:.2f} M parameters/s,",
+            f"so {hours:.2f} h of arithmetic. {max(hours, reading):.2f} h if both overlap wholly,",
+            f"{hours + reading:.2f} h if not at all. Not run.",
         ),
     ]
     write_results("trajectory", lines, {"safetensors": safetensors_version})
