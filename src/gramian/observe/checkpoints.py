@@ -104,7 +104,7 @@ def stream(
         float32 by some thousands; all is added up in float64.
     Raises: InputError when a tensor is not finite, a file was cut or changed meanwhile, or `folder` holds
         the work on other files.
-    Holds: up to rounding, 1e-15 of the product of the rows' norms, 1e-7 for halves.
+    Holds: up to rounding, 1e-14 of the product of the rows' norms, 1e-6 for halves.
     """
     work = _units(tensors)
     plan = _plan(tensors)
