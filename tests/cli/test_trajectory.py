@@ -32,7 +32,7 @@ def test_it_prints_writes_and_keeps_what_is_there(tmp_path: Path, capsys: pytest
     arguments = ["trajectory", str(series(tmp_path / "run")), "--output", str(tmp_path / "out")]
     assert run(arguments) == 0
     said = capsys.readouterr().out
-    for words in ("whole model", "random walk", "blocks.1", "Exploring", "report: "):
+    for words in ("whole model", "random walk", "layers: blocks.", "Exploring", "report: "):
         assert words in said
     assert run(arguments) == 1
     assert "--overwrite" in capsys.readouterr().err

@@ -352,7 +352,7 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pyte
     (program,) = (
         body
         for body in re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-        if "interop.trainer" in body
+        if "interop.trainer import" in body
     )
     monkeypatch.chdir(tmp_path)
     exec(compile(program, "frameworks.md", "exec"), {})
