@@ -223,6 +223,18 @@ def test_work_on_other_files_is_not_mixed(tmp_path: Path) -> None:
     assert torch.equal(found.cross, whole(stream(aligned(tmp_path / "b"), tmp_path / "b2")).cross)
 
 
+def test_work_divided_otherwise_is_not_mixed(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "a").mkdir()
+    for t in range(3):
+        fused = torch.randn(24, 8, generator=generator)
+        save_file({"h.0.query_key_value.weight": fused}, tmp_path / "a" / f"step-{t}.safetensors")
+    tensors = aligned(tmp_path / "a")
+    stream(tensors, tmp_path / "found")
+    with pytest.raises(InputError, match="other files or settings"):
+        stream(tensors, tmp_path / "found", config={"model_type": "gpt_neox", "num_attention_heads": 2})
+
+
 def test_a_checkpoint_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     series(tmp_path / "a")
     path = tmp_path / "a" / "step-300" / "model.safetensors"
@@ -243,6 +255,8 @@ def test_what_is_not_finite_is_named_or_left_out(tmp_path: Path, bad: float) -> 
     assert {name: path.parent.name for name, path in found.broken.items()} == {
         "h.0.mlp.up.weight": "step-300"
     }
+    with pytest.raises(InputError, match=r"h\.0\.mlp\.up\.weight in .*step-300"):
+        stream(tensors, tmp_path / "found")  # which holds what was left out
     rest = [
         {name: tensor for name, tensor in each.items() if name != "h.0.mlp.up.weight"} for each in written
     ]

@@ -255,6 +255,9 @@ def test_a_taken_folder_is_kept(tmp_path: Path) -> None:
     (tmp_path / "mine" / "note.txt").write_text("mine")
     with pytest.raises(InputError, match="no trajectory"):
         analysed(tmp_path / "run", output=tmp_path / "mine")
+    (tmp_path / "mine" / "unfinished").mkdir()
+    with pytest.raises(InputError, match="no trajectory"):
+        analysed(tmp_path / "run", output=tmp_path / "mine")
     assert (tmp_path / "mine" / "note.txt").read_text() == "mine"
 
 

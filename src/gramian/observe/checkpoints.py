@@ -107,8 +107,8 @@ def stream(
     Holds: up to rounding, 1e-14 of the product of the rows' norms, 1e-6 for halves.
     """
     work = _units(tensors)
-    plan = _plan(tensors)
     parts = [parts_of(tensor.name, tensor.shape, config or {}) for tensor in tensors]
+    plan = _plan(tensors, parts)
     saved = SavedGrams(folder, plan, share[0], anew)
     for unit in saved.done:
         advanced(sum(_bytes(tensors[piece.tensor], piece) for piece in work[unit]))
@@ -132,9 +132,12 @@ def stream(
         saved.flush()
     if len(saved.done) < len(work):
         return None
-    if _plan(tensors) != plan:
+    if _plan(tensors, parts) != plan:
         raise InputError("a checkpoint was changed while it was read; start again with --overwrite")
-    return _gathered(tensors, parts, saved.totals())
+    found = _gathered(tensors, parts, saved.totals())
+    if found.broken and not leave_out:  # seen by an earlier call that was to leave it out
+        raise _not_finite(*next(iter(found.broken.items())))
+    return found
 
 
 def _units(tensors: Sequence[Aligned]) -> list[list[_Piece]]:
@@ -155,7 +158,7 @@ def _units(tensors: Sequence[Aligned]) -> list[list[_Piece]]:
     return units
 
 
-def _plan(tensors: Sequence[Aligned]) -> Any:
+def _plan(tensors: Sequence[Aligned], parts: Sequence[Sequence[Part]]) -> Any:
     """Return what the work depends on, as JSON holds it."""
     files = {stored.file for tensor in tensors for stored in tensor.stored}
     states = {file: file.stat() for file in files}
@@ -165,6 +168,7 @@ def _plan(tensors: Sequence[Aligned]) -> Any:
             [tensor.name, list(tensor.shape), [str(stored.dtype) for stored in tensor.stored]]
             for tensor in tensors
         ],
+        "parts": [[[part.kind, part.size] for part in each] for each in parts],
         "units": [UNITS, *UNIT, columns(len(tensors[0].stored)) if tensors else 0],
     }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from gramian.observe.parts import Part
 
 CACHE = 10 * 2**15
-"""Numbers that are worked on at once: few enough for a core's cache."""
+"""Numbers that are worked on at once: few enough to stay near a core."""
 
 SAMPLE = 8192
 """Values of a run that are looked at for their rounding, or up to twice as many."""

@@ -22,6 +22,7 @@ def record_digits(folder: Path, console: Console, seed: int = 0) -> Path:
     Two layers of 128 ReLU units; SGD, learning rate 0.1 falling to 0 as a cosine, momentum 0.9, weight decay
     5e-4, batches of 64. Checkpoints that are there already are used again.
     """
+    folder = folder.resolve()
     place = folder.with_name(f"{folder.name}-checkpoints")
     if len(points(place)) == POINTS + 1:
         return place

@@ -122,7 +122,7 @@ class Course:
 def trajectory(
     config: TrajectoryConfig, *, overwrite: bool = False, console: Console | None = None
 ) -> tuple[Course, ...]:
-    """Read the paths of one or several series; `trajectory_page.write_report` writes them down.
+    """Read the paths of one or several series; `trajectory_files.write_report` writes them down.
 
     Every checkpoint is read once, piece by piece. What was found so far is in the folder of the results, and
     the same call goes on from it after a stop.
@@ -133,15 +133,19 @@ def trajectory(
     """
     console = console or Console()
     config.check()
-    unfinished = config.folder / UNFINISHED
-    if not unfinished.is_dir() or (config.folder / TRAJECTORY).exists():
-        check_free(config.folder, overwrite, TRAJECTORY)
+    check_output(config.folder, overwrite)
     paths = config.checkpoints or (record_digits(config.folder, console),)
     found = find_series(paths)
     return tuple(
-        _read(series, config, unfinished / str(index), overwrite, console)
+        _read(series, config, config.folder / UNFINISHED / str(index), overwrite, console)
         for index, series in enumerate(found)
     )
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raise InputError unless results may go into a folder, in which an analysis may have been begun."""
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} != {UNFINISHED}:
+        check_free(folder, overwrite, TRAJECTORY)
 
 
 def _read(series: Series, config: TrajectoryConfig, folder: Path, anew: bool, console: Console) -> Course:
@@ -244,7 +248,7 @@ def _path(
         return tuple(_group(*key, of, sketches, held) for key, of in ordered)
 
     whole = groups(lambda part: ("", ""))[0]
-    found = Course(
+    return Course(
         name=name,
         times=times,
         whole=whole,
@@ -257,7 +261,6 @@ def _path(
         remarks=(*remarks, *_still(parts)),
         facts=facts,
     )
-    return found
 
 
 def _rank(key: tuple[str, str], members: Sequence[PartGram]) -> tuple[Any, ...]:

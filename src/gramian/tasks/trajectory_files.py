@@ -9,8 +9,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gramian.observe.hallmarks import CURVES, MAPS
-from gramian.tasks.predict_page import check_free, plain, write_folder
-from gramian.tasks.trajectory import TRAJECTORY, Course, Group, TrajectoryConfig
+from gramian.tasks.predict_page import plain, write_folder
+from gramian.tasks.trajectory import TRAJECTORY, Course, Group, TrajectoryConfig, check_output
 from gramian.tasks.trajectory_page import report_page
 from gramian.train.run import versions
 
@@ -58,8 +58,7 @@ def write_report(courses: Sequence[Course], config: TrajectoryConfig, *, overwri
 
     Raises: InputError when the folder is taken.
     """
-    if (config.folder / TRAJECTORY).exists():
-        check_free(config.folder, overwrite, TRAJECTORY)
+    check_output(config.folder, overwrite)
     found = {"settings": plain(_settings(config)), "series": [plain(numbers(course)) for course in courses]}
     write_folder(
         config.folder, found, report_page(courses), TRAJECTORY, binaries={GRAMS: save(dict(grams(courses)))}

@@ -13,9 +13,6 @@ from gramian.observe.phase import ROUNDING
 from gramian.report import number
 from gramian.tasks.trajectory import Course, Group
 
-GRAMS = "grams.safetensors"
-"""The Gram matrix of every part of every tensor."""
-
 COLUMNS = {
     "mds": "ω",
     "mds_relative": "ω\nrelative",
