@@ -29,6 +29,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/covariance_sde.py
 	$(BIN)/python benchmarks/ntk.py
 	$(BIN)/python benchmarks/trajectory.py
+	$(BIN)/python benchmarks/pruning.py
 
 # The report's browser test runs when Chromium is there (Debian: as root).
 browser:

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 
 from gramian.bayes.bounds import (
     BOUNDS,
+    bernstein_risk_bound,
     best_lambda,
     binomial_bound,
     catoni_bound,
@@ -58,6 +59,72 @@ def test_values_with_sampled_risk():
         assert above.item() == pytest.approx(risk, abs=5e-5)
         assert kl_bound(above, KL, N, DELTA).item() == pytest.approx(value, abs=5e-6)
         assert sampled_risk_bound(RISK, draws, 0.01) < above  # one side is enough for an upper bound
+
+
+def test_bernstein_bound_by_hand_and_against_kl():
+    nats = math.log(200)
+    by_hand = 0.02 + (2 * 1e-4 * nats / 5000) ** 0.5 + 7 * nats / (3 * 4999)
+    assert bernstein_risk_bound(0.02, 1e-4, 5000, 0.01).item() == pytest.approx(by_hand, rel=1e-14)
+    assert bernstein_risk_bound(0.9, 0.1, 2, 0.01) == 1
+    grid = torch.linspace(0, 0.4, 50, dtype=torch.float64)
+    assert (bernstein_risk_bound(0.1, grid, 1000, 0.05).diff() > 0).all()
+    assert (bernstein_risk_bound(grid, 0.01, 1000, 0.05).diff() > 0).all()
+    for risk in (0.01, 0.02, 0.05):  # draws that hardly differ, and draws that differ as much as they can
+        few, many = round(5 / risk), round(20 / risk)
+        assert bernstein_risk_bound(risk, 1e-8, many, 0.01) < sampled_risk_bound(risk, many, 0.01)
+        assert bernstein_risk_bound(risk, 1e-8, few, 0.01) > sampled_risk_bound(risk, few, 0.01)
+        for draws in (few, many, 10**6):
+            most = risk * (1 - risk) * draws / (draws - 1)
+            assert bernstein_risk_bound(risk, most, draws, 0.01) > sampled_risk_bound(risk, draws, 0.01)
+            assert bernstein_risk_bound(0.0, 0.0, draws, 0.01) > sampled_risk_bound(0.0, draws, 0.01)
+
+
+def test_bernstein_bound_fails_at_most_as_often_as_said():
+    """Exactly, for risks of 0 or 1, by the binomial law of their sum."""
+    chances = torch.linspace(0, 1, 401, dtype=torch.float64)
+    for draws, delta in ((10, 0.05), (40, 0.1), (200, 0.05)):
+        law = torch.as_tensor(binom.pmf(torch.arange(draws + 1)[:, None], draws, chances))
+        mean = torch.arange(draws + 1, dtype=torch.float64) / draws
+        variance = mean * (1 - mean) * draws / (draws - 1)
+        root = (2 * variance * math.log(2 / delta) / draws).sqrt()
+        bounds = {
+            "bernstein": bernstein_risk_bound(mean, variance, draws, delta),
+            "without the last term": mean + root,
+            "with 1 for its 7": mean + root + math.log(2 / delta) / (3 * draws),  # of a known variance
+        }
+        worst = {name: float((law * (b[:, None] < chances)).sum(0).max()) for name, b in bounds.items()}
+        assert worst["bernstein"] <= delta
+        assert worst["without the last term"] > 0.5  # control: rare events leave no variance
+        assert worst["with 1 for its 7"] > 2 * delta  # control
+
+
+def test_bounds_by_draws_fail_at_most_as_often_as_said():
+    """Counted over 4000 laws of risks: a + (b − a) Bin(J, q)/J, constant to 0 or 1, rare to even."""
+    generator, count, draws, delta = torch.Generator().manual_seed(6), 4000, 200, 0.2
+    low, span, rate = (torch.rand(count, 1, generator=generator, dtype=torch.float64) for _ in range(3))
+    low, chance = low * (1 - span), 0.5 * 10 ** (-4 * rate)
+    trials = torch.tensor([1.0, 3, 30, 1000], dtype=torch.float64).repeat(count // 4)[:, None]
+    low[::8], span[::8] = 0.0, 1.0  # risks of 0 and 1
+    risks = torch.binomial(trials.repeat(1, draws), chance.repeat(1, draws), generator=generator) / trials
+    risks, risk = low + span * risks, (low + span * chance)[:, 0]
+    mean, variance = risks.mean(1), risks.var(1)
+
+    def above(share: float) -> tuple[Tensor, Tensor]:
+        return sampled_risk_bound(mean, draws, share), bernstein_risk_bound(mean, variance, draws, share)
+
+    def wrong(bound: Tensor) -> float:
+        return float((bound < risk).double().mean())
+
+    kl, bernstein = above(delta)
+    smaller = torch.minimum(*above(delta / 2))
+    assert max(map(wrong, (kl, bernstein, smaller))) <= delta
+    assert wrong(kl) > 0
+    assert 0.1 * count < (bernstein < kl).sum() < 0.9 * count
+    assert wrong(mean - 1e-12) > delta  # controls: no bound at all, and rare events without the last term
+    rare = (trials[:, 0] == 1) & (chance[:, 0] < 1 / draws)
+    blind = mean + (2 * variance * math.log(2 / delta) / draws).sqrt()
+    assert (blind < risk)[rare].double().mean() > 2 * delta
+    assert (bernstein < risk)[rare].double().mean() <= delta
 
 
 def test_order_of_the_bounds():
@@ -238,6 +305,11 @@ def test_unions():
         (lambda: catoni_bound(0.1, 1.0, 100, 0.05, [0.0]), "above 0"),
         (lambda: sampled_risk_bound(0.1, 0, 0.05), "1 draw"),
         (lambda: sampled_risk_bound(0.1, 10, 1.0), "below 1"),
+        (lambda: bernstein_risk_bound(0.1, 0.0, 1, 0.05), "2 draws or more, not 1"),
+        (lambda: bernstein_risk_bound(0.1, 0.0, 10, 0.0), "above 0"),
+        (lambda: bernstein_risk_bound(1.1, 0.0, 10, 0.05), "from 0 to 1"),
+        (lambda: bernstein_risk_bound(0.1, -0.1, 10, 0.05), "variance of risks"),
+        (lambda: bernstein_risk_bound(0.1, math.nan, 10, 0.05), "variance of risks"),
         (lambda: chernoff_bound(0.1, 0, 0.05), "1 example"),
         (lambda: binomial_bound(11, 10, 0.05), "11 of 10"),
         (lambda: finite_union(0), "1 prior"),

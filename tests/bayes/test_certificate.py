@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gramian.bayes.bounds import (
     BOUNDS,
+    bernstein_risk_bound,
     binomial_bound,
     chernoff_bound,
     finite_union,
@@ -83,6 +84,40 @@ def test_certificates_are_violated_as_rarely_as_said():
     assert wrong <= 0.1 * 500
     assert empirical <= 0.05 * 500
     assert naive > 0.2 * 500  # control: a mean of draws is no bound of what it estimates
+
+
+def test_how_the_draws_are_bounded():
+    split, draws, union = a_split(30_000), 10_000, 0.5
+    steady = SampledRisk(0.02 + 1e-3 * torch.randn(draws, generator=seeded(8)).double(), 30_000)
+    perfect = SampledRisk(torch.zeros(draws, dtype=torch.float64), 30_000)
+
+    def made(sample: SampledRisk, sampling: str) -> Certificate:
+        return certify(split, [], sample, 500.0, delta_sampling=0.02, sampling=sampling, union=union)
+
+    share = 0.02 * math.exp(-union)
+    above = {
+        "kl": sampled_risk_bound(steady.mean, draws, share).item(),
+        "bernstein": bernstein_risk_bound(steady.mean, steady.variance, draws, share).item(),
+        "smaller": bernstein_risk_bound(steady.mean, steady.variance, draws, share / 2).item(),
+    }
+    for sampling, value in above.items():
+        got = made(steady, sampling)
+        assert got.empirical_bound == pytest.approx(value, rel=1e-12)
+        assert got.value == kl_bound(got.empirical_bound, 500.0, 30_000, 0.025 * math.exp(-union)).item()
+        assert got.confidence == pytest.approx(0.955)
+        assert got.sampling == sampling
+        assert got.variance == (None if sampling == "kl" else pytest.approx(1e-6, rel=0.1))
+        assert Certificate(**json.loads(json.dumps(asdict(got)))) == got
+    assert above["bernstein"] < above["smaller"] < above["kl"]  # control: the choice is paid for
+    paid = sampled_risk_bound(0.0, draws, share / 2).item()
+    assert made(perfect, "smaller").empirical_bound == pytest.approx(paid, rel=1e-12)
+    assert made(perfect, "smaller").empirical_bound > made(perfect, "kl").empirical_bound
+    said = {sampling: made(steady, sampling).sentence for sampling in above}
+    assert " % by their mean;" in said["kl"]
+    assert "by their mean and variance" in said["bernstein"]
+    assert "the smaller of two bounds at δ'/2 each" in said["smaller"]
+    exact = certify(split, [], 0.02, 500.0, sampling="bernstein")
+    assert (exact.sampling, exact.variance, exact.empirical_bound) == (None, None, 0.02)
 
 
 def test_a_learnt_prior_certifies_only_what_it_did_not_see():
@@ -275,6 +310,10 @@ def rates(n: int = 100) -> SampledRisk:
     return SampledRisk(torch.zeros(10, dtype=torch.float64), n)
 
 
+def one_draw() -> SampledRisk:
+    return SampledRisk(torch.zeros(1, dtype=torch.float64), 100)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -289,6 +328,9 @@ def rates(n: int = 100) -> SampledRisk:
         (lambda: certify(a_split(), [], 1.5, 1.0), "from 0 to 1"),
         (lambda: certify(a_split(), [], 0.1, -1.0), "at least 0"),
         (lambda: certify(a_split(), [], 0.1, 1.0, bound="hoeffding"), "kl, quadratic"),
+        (lambda: certify(a_split(), [], rates(), 1.0, sampling="best"), "kl, bernstein, smaller"),
+        (lambda: certify(a_split(), [], one_draw(), 1.0, sampling="bernstein"), "2 draws or more, not 1"),
+        (lambda: certify(a_split(), [], one_draw(), 1.0, sampling="smaller"), "2 draws or more, not 1"),
         (lambda: certify(a_split(), [], rates(), 1.0, delta=0.5, delta_sampling=0.5), "sum below 1"),
         (lambda: certify(a_split(), [], rates(), 1.0, delta_sampling=0.0), "above 0"),
         (lambda: certify(a_split(), [], 0.1, 1.0, union=-1.0), "nats"),

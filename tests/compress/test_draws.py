@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from gramian.compress import draws
+from gramian.compress.chains import steps_of
 from gramian.compress.draws import MaskedLoss, draw_outputs, error_reader
 from gramian.compress.masks import add_masks, masks_of, originals_of, set_mode
 from gramian.compress.scores import grasp, snip
@@ -91,7 +92,7 @@ def test_draws_at_once_are_draws_one_by_one(name, structure):
     found = draw_outputs(model, x, 7, seeded())
     torch.testing.assert_close(found, looped(model, x, drawn, 7), rtol=1e-10, atol=1e-10)
     assert (found[1:] - found[:1]).abs().flatten(1).amax(1).median() > 1e-3  # the draws differ
-    assert (draws._chain(model, x) is not None) == (make is mlp)
+    assert (steps_of(model, x) is not None) == (make is mlp)
 
 
 def test_blocks_readers_and_the_law_of_the_draws():
@@ -181,6 +182,10 @@ def test_errors_are_counted_against_the_predictor():
     outputs = torch.tensor([[[1.0, 2.0], [2.0, 2.0], [torch.nan, 0.0], [0.0, torch.nan], [3.0, 1.0]]])
     read = error_reader(torch.tensor([1, 0, 0, 0, 0]))
     assert read(outputs).tolist() == [[0, 1, 1, 1, 0]]
+    far = torch.tensor(
+        [[[0.0, torch.inf], [-torch.inf, 0.0], [torch.inf, 0.0], [0.0, -torch.inf], [1e30, 0]]]
+    )
+    assert read(far).tolist() == [[1, 1, 1, 0, 0]]  # what overflowed counts as an error
     with pytest.raises(InputError, match="from 0 to 1"):
         error_reader(torch.tensor([0, 0, 0, 0, 2]))(outputs)
 

@@ -93,6 +93,21 @@ def test_masks_act_on_the_weight_and_come_off_again(structure, make):
         masks_of(model)
 
 
+def test_zeros_that_leave_a_model_have_no_sign():
+    """One zero alone, so that a compressed file is small."""
+    model = mlp()
+    add_masks(model, layers="0", probability=0.5)
+    set_mode(model, "sample")
+    draw(model, seeded())
+    inside = model[0].weight.detach()
+    exported = export_state(model)["0.weight"]
+    assert torch.equal(exported, inside)
+    remove_masks(model, apply=True)
+    for weight in (exported, model[0].weight):
+        assert not weight[weight == 0].signbit().any()
+    assert inside[inside == 0].signbit().any()  # control
+
+
 def test_a_transposed_convolution_has_its_output_channels_masked():
     model = nn.ConvTranspose2d(3, 5, 2, bias=False).double()
     masks = add_masks(model, structure=Rows())

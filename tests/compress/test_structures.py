@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gramian.compress import structures
 from gramian.compress.structures import Columns, Patterns, Rows, Weights, weights_per_unit
 from gramian.errors import InputError
 
@@ -40,6 +41,60 @@ def test_draws_have_the_probabilities_of_the_logits(structure):
     if isinstance(structure, Patterns):
         assert (units.sum(-1) == structure.n).all()
         torch.testing.assert_close(chance.sum(-1), torch.full_like(chance[..., 0], structure.n))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_many_draws_at_once_have_the_same_probabilities(structure):
+    size, count = (8, 4), 20_000
+    logits = rows(*structure.variables(size), seed=2)
+    units = structure.sampler(logits)(count, torch.Generator().manual_seed(1)).double()
+    chance = structure.probabilities(logits)
+    error = (units.mean(0) - chance) / (chance * (1 - chance) / count).sqrt()
+    assert error.abs().max() < 4.5
+    wrong = (units.mean(0) - 0.9 * chance) / (chance * (1 - chance) / count).sqrt()
+    assert wrong.abs().max() > 10  # control
+    pairs = (units - chance).flatten(1).T @ (units - chance).flatten(1) / count
+    spread = (chance * (1 - chance)).flatten().sqrt()
+    correlation = (pairs / spread / spread[:, None]).fill_diagonal_(0)
+    if not isinstance(structure, Patterns):  # weights of a pattern depend on each other
+        assert correlation.abs().max() < 4.5 / count**0.5
+    after = ((units - chance)[1:] * (units - chance)[:-1]).mean(0).flatten() / spread**2
+    assert after.abs().max() < 4.5 / count**0.5  # so do not two draws
+    if isinstance(structure, Patterns):
+        assert (units.sum(-1) == structure.n).all()
+
+
+def test_rare_and_nearly_certain_weights_have_their_chances(monkeypatch):
+    chance = torch.tensor([0, 2**-32, 3e-7, 0.001, 0.5, 0.7123, 1 - 2e-8, 1], dtype=torch.float64)
+    logits = chance.logit()
+    draw = Weights().sampler(logits)
+    exact = chance * 2**32
+    for value in exact.round().long().clamp(max=2**32 - 1).tolist():  # u just below and above each λ
+        for number in range(max(0, value - 1), min(2**32, value + 2)):
+            whole = torch.tensor(number - 2**31, dtype=torch.int32)
+            monkeypatch.setattr(structures, "_whole_numbers", lambda *args, u=whole: u.expand(1, 8))
+            kept, expected = draw(1, None)[0], number < exact.floor().clamp(max=2**32 - 1)
+            assert kept[chance < 1].tolist() == expected[chance < 1].tolist()
+    monkeypatch.undo()
+    assert draw(100_000, torch.Generator().manual_seed(0))[:, -1].all()
+    count = 4_000_000
+    found = draw(count, torch.Generator().manual_seed(0)).double().mean(0)
+    assert found[0] == 0
+    assert ((found - chance).abs() <= 4.5 * (chance * (1 - chance) / count).sqrt()).all()
+
+
+def test_whole_numbers_are_uniform_in_every_bit():
+    count = 99_999
+    numbers = structures._whole_numbers(
+        (3, count // 3), torch.Generator().manual_seed(0), torch.device("cpu")
+    )
+    bits = (numbers.flatten()[:, None].long() >> torch.arange(32)) & 1
+    signs = 2 * bits.double() - 1
+    assert signs.mean(0).abs().max() < 4.5 / count**0.5
+    for shift in (0, 1, 2):  # bits of one number, of the two in a draw, of two draws
+        together = signs[: count - shift].T @ signs[shift:] / count
+        together = together.fill_diagonal_(0) if shift == 0 else together
+        assert together.abs().max() < 5 / count**0.5
 
 
 def test_patterns_start_from_independent_weights_conditioned_on_their_number():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d
 
-from gramian.data.images import Images, load_images, read_idx
+from gramian.data.images import Images, load_images, read_idx, read_images
 from gramian.errors import InputError
 
 REAL = Path(os.environ.get("GRAMIAN_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -112,6 +112,24 @@ def test_a_test_set_that_comes_with_the_data_stays_the_test_set(tmp_path) -> Non
     write_idx(alone / "t10k-images-idx3-ubyte", images)
     write_idx(alone / "t10k-labels-idx1-ubyte", labels)
     assert len(load_images(alone).test) == 6  # a lone test set is split like any other
+
+
+def test_raw_images_are_as_in_the_file(tmp_path) -> None:
+    images, tests = pixels(12, 4, 6), pixels(5, 4, 6, seed=1)
+    arrays = {"labels": classes(12), "test_images": tests / 255, "test_labels": classes(5)}
+    np.savez(tmp_path / "a.NPZ.npz", images=images, **arrays)
+    (tmp_path / "a.NPZ.npz").rename(tmp_path / "a.NPZ")
+    name, found = read_images(tmp_path / "a.NPZ")
+    assert (name, list(found)) == ("a.NPZ", ["train", "test"])
+    assert torch.equal(found["train"].images, torch.from_numpy(images)[:, None].float())
+    assert torch.equal(found["test"].images, torch.from_numpy(tests / 255)[:, None].float())
+    assert torch.equal(found["train"].labels, torch.from_numpy(classes(12)).long())
+    assert (found["train"].scale, found["test"].scale) == (255.0, None)
+    assert found["train"][torch.arange(3)].to(torch.device("cpu")).scale == 255.0
+    name, found = read_images()
+    assert (name, list(found), found["train"].scale) == ("scikit-learn digits", ["train"], 16.0)
+    assert found["train"].images.amax() == 16
+    assert load_images(tmp_path / "a.NPZ").train.scale is None  # standardised ones are not in that range
 
 
 def test_pool_and_count(tmp_path) -> None:

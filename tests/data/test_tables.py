@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gramian.data.tables import (
-    LEVELS,
-    MISSING,
-    Standardiser,
-    Table,
-    digits,
-    load_rows,
-    load_table,
-    toy,
-)
+from gramian.data.cells import CLASSES, LEVELS, MISSING, read_cells
+from gramian.data.tables import Standardiser, Table, digits, load_rows, load_table, toy
 from gramian.errors import InputError, MissingExtraError
 
 REAL = Path(os.environ.get("GRAMIAN_DATA", Path(__file__).parents[3] / "shared" / "data")) / "tables"
@@ -40,6 +32,10 @@ def write(folder: Path, text: str | bytes, name: str = "a.csv") -> Path:
 
 def table(folder: Path, text: str | bytes, target: str | None = "y", name: str = "a.csv", **options) -> Table:
     return load_table(write(folder, text, name), target, **options)
+
+
+def first_column(folder: Path, text: str, header: bool | None) -> str:
+    return next(iter(read_cells(write(folder, text), header).cells))
 
 
 def npz(folder: Path, **arrays) -> Path:
@@ -91,6 +87,22 @@ def test_without_a_header_columns_are_numbered(tmp_path) -> None:
     assert torch.equal(words.x[:, 0], torch.tensor([1, 0, 1, 0], dtype=F64))
     unnamed = table(tmp_path, "a,,y\n1,2,3\n2,3,4\n")
     assert unnamed.columns == ("a", "column 2")
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("5.1,3.5,red\n4.9,3.0,red\n7.0,3.2,blue\n", "1"),  # no header, the classes are words
+        ("x,o,won\no,x,lost\nx,x,won\n", "1"),  # no header, words alone
+        ("0,1,name\n5.1,3.5,red\n4.9,3.0,red\n", "0"),  # numbers name most columns
+        ("width,height,y\n1,2,3\n4,5,6\n", "width"),
+        ("size,note,y\n1,note a,3\n2,size,4\n", "size"),  # in another column, or in part
+    ],
+)
+def test_a_first_line_whose_words_stand_below_again_is_no_header(tmp_path, text: str, first: str) -> None:
+    assert first_column(tmp_path, text, None) == first
+    assert first_column(tmp_path, text, True) == text.split(",")[0]
+    assert first_column(tmp_path, text, False) == "1"
 
 
 def test_words_become_levels(tmp_path) -> None:
@@ -259,6 +271,50 @@ def test_npz_that_cannot_be_used(tmp_path, arrays: dict, words: str) -> None:
         load_table(npz(tmp_path, **arrays))
 
 
+def test_words_and_whole_numbers_become_classes(tmp_path) -> None:
+    words = table(tmp_path, "a,y\n1,red\n2,blue\n3,red\n4,green\n5,red\n6,blue\n7,red\n", classes=True)
+    assert words.classes == ("blue", "green", "red")
+    assert words.y.tolist() == [2, 0, 2, 1, 2, 0, 2]
+    assert words.y.dtype == torch.int64
+    numbers = table(tmp_path, "a,y\n1,10\n2,-1\n3,9.0\n4,1e1\n5,9\n6,-1\n7,9\n", classes=True)
+    assert numbers.classes == ("-1", "9", "10")  # in the order of numbers, not of words
+    assert numbers.y.tolist() == [2, 0, 1, 2, 1, 0, 1]
+    assert table(tmp_path, PLAIN).classes == ()
+    for y in (np.array([5.0, 3.0, 3.0, 5.0, 5.0]), np.array(["b", "a", "a", "b", "b"]), np.eye(5)[0] < 1):
+        found = load_table(npz(tmp_path, X=np.arange(10.0).reshape(5, 2), y=y), classes=True)
+        assert found.y.tolist() == np.unique(y, return_inverse=True)[1].tolist()
+    with pytest.raises(InputError, match="'y' must hold finite numbers, got 'b' in row 1"):
+        load_table(npz(tmp_path, X=np.arange(10.0).reshape(5, 2), y=np.array(list("baabb"))))
+
+
+@pytest.mark.parametrize(
+    ("y", "words"),
+    [
+        ("1 2 1.5 1 2 2", r"'y' holds '1\.5' in line 4; classes are words alone or whole numbers alone"),
+        ("1 2 red 1 2 2", "'y' holds 'red' in line 4; classes are"),
+        ("1 2 inf 1 2 2", "'y' holds 'inf' in line 4; classes are"),
+        ("1 2 NaN 1 2 2", "'y' has no value in line 4"),
+        ("4 4 4 4 4 4", "'y' holds a single class; at least two"),
+        ("no no no no no no", "'y' holds a single class"),
+        ("1 2 3 1 2 2", "'y' holds 3 different values in 6 rows like a number to regress on or a name"),
+        ("al bo cy al bo bo", "'y' holds 3 different values in 6 rows"),
+    ],
+)
+def test_targets_that_are_no_classes(tmp_path, y: str, words: str) -> None:
+    rows = "".join(f"{number},{cell}\n" for number, cell in enumerate(y.split()))
+    with pytest.raises(InputError, match=words):
+        table(tmp_path, "a,y\n" + rows, classes=True)
+
+
+def test_most_classes(tmp_path) -> None:
+    def text(classes: int) -> str:
+        return "a,y\n" + "".join(f"{row},{row % classes}\n" for row in range(3 * CLASSES))
+
+    assert len(table(tmp_path, text(CLASSES), classes=True).classes) == CLASSES
+    with pytest.raises(InputError, match=r"holds 1,001 different values .* at most 1,000"):
+        table(tmp_path, text(CLASSES + 1), classes=True)
+
+
 def test_parquet(tmp_path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -283,6 +339,8 @@ def test_parquet(tmp_path) -> None:
         load_table(write_columns(**{**data, "b": [" NA ", "q", "p", "q"]}), "y")
     with pytest.raises(InputError, match="'a' holds list values; give numbers or words"):
         load_table(write_columns(**{**data, "a": [[1], [2], [3], [4]]}), "y")
+    with pytest.raises(InputError, match="'y' holds list values; give numbers or words"):
+        load_table(write_columns(**{**data, "y": [[1], [2], [1], [2]]}), "y", classes=True)
     nanoseconds = pyarrow.array([1, 2, 3, 2**60], pyarrow.timestamp("ns"))
     with pytest.raises(InputError, match=r"cannot be read as parquet|datetime values|Timestamp values"):
         load_table(write_columns(**{**data, "a": nanoseconds}), "y")

@@ -176,6 +176,31 @@ def sampled_risk_bound(mean: Number, draws: int, delta: float, sides: int = 1) -
     return kl_inverse_upper(mean, math.log(sides / delta) / draws)
 
 
+def bernstein_risk_bound(mean: Number, variance: Number, draws: int, delta: float) -> Float[Tensor, "..."]:
+    """Return a bound of r̂ from hypotheses drawn from Q that gains from risks which hardly differ.
+
+        r̂ ≤ r̂_m + √(2 V ln(2/δ')/m) + 7 ln(2/δ')/(3(m − 1)),  V the unbiased variance of the m risks
+
+    With V near 0 below `sampled_risk_bound` from some 10/r̂ draws on; with V = r̂(1 − r̂), and at r̂_m = 0,
+    always above it. Which of them is taken must not depend on the draws, unless each gets a part of δ'.
+
+    Shapes: mean and variance broadcast; the result has their shape.
+    Raises: InputError for fewer than 2 draws, δ' outside (0, 1), a mean outside [0, 1], and a variance that
+        risks in [0, 1] cannot have.
+    Holds: with probability at least 1 − δ' over the draws, which have to be independent given the bound set.
+    Source: Maurer, Pontil 2009, arXiv 0907.3740 (theorem 4).
+    """
+    if draws < 2:
+        raise InputError(f"a bound by the variance of risks needs 2 draws or more, not {draws}")
+    _confidence(delta)
+    variance = _double(variance)
+    if not ((variance >= 0) & (variance <= 0.5)).all():
+        raise InputError("a variance of risks has to be from 0 to ½, the most that numbers in [0, 1] have")
+    nats = math.log(2 / delta)
+    deviation = (2 * nats / draws * variance).sqrt() + 7 * nats / (3 * (draws - 1))
+    return (_risk(mean, variance) + deviation).clamp(max=1)
+
+
 def chernoff_bound(risk: Number, n: int, delta: float) -> Float[Tensor, "..."]:
     """Return the test-set bound of one predictor that was fixed before the n examples were seen.
 

@@ -61,6 +61,16 @@ class SampledRisk:
         """Mean risk r̂_m, unbiased for the empirical risk of the random predictor."""
         return min(1.0, self.risks.mean().item())
 
+    @property
+    def variance(self) -> float:
+        """Unbiased variance of the risks over draws.
+
+        Raises: InputError for fewer than 2 draws.
+        """
+        if self.draws < 2:
+            raise InputError(f"a variance of risks needs 2 draws or more, not {self.draws}")
+        return self.risks.double().var().item()
+
 
 def sampled_errors(
     draw_losses: DrawLosses,

@@ -14,6 +14,7 @@ from gramian.cli.generate import generate
 from gramian.cli.list import list_names
 from gramian.cli.observe import observe
 from gramian.cli.predict import predict
+from gramian.cli.prune import prune
 from gramian.cli.quantise import quantise
 from gramian.cli.regress import regress
 from gramian.cli.train import train
@@ -31,6 +32,7 @@ COMMANDS = {
     "observe": observe,
     "trajectory": trajectory,
     "quantise": quantise,
+    "prune": prune,
     "regress": regress,
     "verify": verify,
     "list": list_names,

@@ -21,6 +21,7 @@ SYSTEMS = (
     "shaped_transformer",
     "ntk_ensemble",
     "trajectory_geometry",
+    "pac_pruning",
 )
 
 TABLES = ("start_table", "path_table", "table")
@@ -48,14 +49,14 @@ def verify(
 
     Args:
         system: simplified_block, outlier_features, shortcut_free, scaled_resnet, shaped_transformer,
-            ntk_ensemble or trajectory_geometry.
+            ntk_ensemble, trajectory_geometry or pac_pruning.
         setting: quick takes minutes to an hour or two on two cores; decoder and encoder (simplified_block),
             codeparrot and opt (outlier_features), wikitext (shortcut_free), cifar10, cifar100 and tiny
             (scaled_resnet), encoder (shaped_transformer), tables (ntk_ensemble), pythia (trajectory_geometry)
-            are the published settings.
+            are the published settings, mnist (pac_pruning) a longer one.
         text: text to train on; the Python standard library when none is given.
         images: images to train on, .npz or MNIST's format (scaled_resnet, ntk_ensemble,
-            trajectory_geometry); scikit-learn's digits when not given.
+            trajectory_geometry, pac_pruning); scikit-learn's digits when not given.
         tables: tables to learn from, .npz with X, y and perhaps splits (ntk_ensemble); diabetes when none is
             given.
         series: folders of checkpoints, one for each model of a family (trajectory_geometry, pythia).
@@ -79,7 +80,7 @@ def verify(
     else:
         read = [kind for kind in inspect.signature(module.given).parameters if kind in files]
         if unread := [kind for kind, value in files.items() if value and kind not in read]:
-            raise InputError(f"{system} reads {', '.join(read[:-1])} and {read[-1]}, not {unread[0]}")
+            raise InputError(f"{system} reads {_listed(read)}, not {unread[0]}")
         wanted = {kind: files[kind] for kind in read}
         config = module.given(config, runs=runs, steps=steps, seeds=seeds, **wanted)
     console = Console()
@@ -99,6 +100,11 @@ def verify(
     failed = [finding.what for finding in findings if not finding.holds]
     if failed:
         raise RefutedError(f"the claim does not hold here: {failed[0]}")
+
+
+def _listed(kinds: Sequence[str]) -> str:
+    """Return words as a list for a sentence."""
+    return " and ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
 
 
 def _data(system: str, data: Any, text: tuple[Path, ...], images: Path | None) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gramian.compress.chains import Chain, steps_of
 from gramian.compress.masks import key_of, masks_of, originals_of
 from gramian.compress.structures import Patterns
 from gramian.errors import InputError
@@ -18,26 +19,6 @@ ELEMENTS = {"cpu": 2**22}
 """Numbers, weights and activations together, that one block of draws may hold: what fits into a cache."""
 MEMORY_ELEMENTS = 2**27
 """The same on an accelerator."""
-
-ELEMENTWISE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.SELU,
-    nn.CELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.Softplus,
-    nn.Hardswish,
-    nn.Hardtanh,
-    nn.Identity,
-    nn.Dropout,
-)
-"""Modules that act on every number alone, once the model is in evaluation."""
 
 
 @torch.no_grad()
@@ -54,27 +35,25 @@ def draw_outputs(
 
     `read` maps the outputs of a block of draws, (k, n, …), to what is kept of them, so that many draws need
     not fit into memory; a block holds some `elements` numbers. Chains of linear layers and elementwise
-    activations are batched products with the features first; any other model is mapped over its drawn weights
-    by vmap.
+    activations take the short way of `compress.chains`; any other model is mapped over its drawn weights by
+    vmap.
 
     Shapes: x (n, …) -> (draws, n, …), or what `read` makes of it.
     Raises: InputError for fewer than one draw, a model without masks, and one that is in training: its
         dropout and its normalisation over the batch would make examples depend on each other.
-    Holds: exactly.
+    Holds: exactly, up to the order of sums.
     """
     if draws < 1:
         raise InputError(f"at least one draw is needed, got {draws}")
     if any(module.training for module in model.modules()):
         raise InputError("masks are drawn for a model in evaluation; call model.eval() first")
-    masks, weights = masks_of(model), originals_of(model)
-    chain = _chain(model, x)
+    steps = steps_of(model, x)
+    many = _Mapped(model, x) if steps is None else Chain(model, steps, x)
     limit = ELEMENTS.get(x.device.type, MEMORY_ELEMENTS) if elements is None else elements
-    size, columns = _elements(model, x), x if chain is None else x.flatten(1).mT.contiguous()
     found = []
     while draws > 0:
-        count = min(draws, max(1, limit // size))
-        drawn = {name: mask.draws(weights[name], count, generator) for name, mask in masks.items()}
-        outputs = _mapped(model, drawn, x) if chain is None else _chained(chain, drawn, columns)
+        count = min(draws, max(1, limit // many.elements))
+        outputs = many.outputs(count, generator)
         found.append(outputs if read is None else read(outputs))
         draws -= count
     return torch.cat(found)
@@ -83,7 +62,7 @@ def draw_outputs(
 def error_reader(targets: Shaped[Tensor, " n"]) -> Callable[[Tensor], Tensor]:
     """Return a reader of 0-1 losses: 0 only where the output of the class is above all others.
 
-    Equal largest outputs and outputs that are not numbers are errors, whichever of them argmax would pick.
+    Equal largest outputs and outputs that are not finite are errors, whichever of them argmax would pick.
 
     Shapes: outputs (k, n, classes) -> (k, n).
     Raises: InputError for a class that is not among the outputs.
@@ -95,7 +74,8 @@ def error_reader(targets: Shaped[Tensor, " n"]) -> Callable[[Tensor], Tensor]:
             raise InputError(f"classes must be from 0 to {outputs.shape[-1] - 1}, as there are outputs")
         index = targets.expand(len(outputs), -1)[..., None]
         own = outputs.gather(-1, index)[..., 0]
-        others = outputs.scatter(-1, index, -torch.inf).amax(-1)
+        hidden = torch.zeros_like(outputs[0]).scatter_(-1, targets[:, None], -torch.inf)
+        others = (outputs + hidden).amax(-1)
         return (~(own > others)).to(outputs.dtype)
 
     return read
@@ -172,10 +152,25 @@ def set_gradients(model: nn.Module, gradient: Float[Tensor, " p"]) -> None:
         mask.logits.grad = part.reshape(mask.logits.shape).to(mask.logits.dtype).clone()
 
 
-def _mapped(model: nn.Module, drawn: dict[str, Tensor], x: Tensor) -> Tensor:
-    given = {key_of(name, "0.given"): weight for name, weight in drawn.items()}
-    with _mapped_attention(x.device):
-        return vmap(lambda values: functional_call(model, values, (x,)), randomness="different")(given)
+class _Mapped:
+    """Any model on fixed inputs, mapped over drawn weights."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.model, self.x, self.masks, self.weights = model, x, masks_of(model), originals_of(model)
+        self.samplers = {name: mask.structure.sampler(mask.logits) for name, mask in self.masks.items()}
+        self.elements = _elements(model, x)
+
+    def outputs(self, count: int, generator: torch.Generator | None) -> Tensor:
+        """Return the outputs under fresh draws of the masks."""
+        given = {
+            key_of(name, "0.given"): mask.draws(self.weights[name], count, generator, self.samplers[name])
+            for name, mask in self.masks.items()
+        }
+        with _mapped_attention(self.x.device):
+            return vmap(self._single, randomness="different")(given)
+
+    def _single(self, given: dict[str, Tensor]) -> Tensor:
+        return functional_call(self.model, given, (self.x,))
 
 
 @contextmanager
@@ -188,48 +183,6 @@ def _mapped_attention(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _chain(model: nn.Module, x: Tensor) -> list[tuple[str, Any]] | None:
-    """Return the modules of a chain of linear layers and elementwise activations by name, or None."""
-    masks, flat, linear = masks_of(model), x.ndim == 2 and x.is_floating_point(), set()
-    steps: list[tuple[str, Any]] = [
-        (name, module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if _is_step(name, module)
-    ]
-    for name, module in steps:
-        if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
-            flat = True
-        elif type(module) in ELEMENTWISE and not module._forward_hooks:
-            continue
-        elif name in masks and type(module).__mro__[1] is nn.Linear and len(module._forward_hooks) == 1:
-            linear.add(name)
-        elif type(module) is not nn.Linear or module._forward_hooks:
-            return None
-        if not flat:
-            return None
-    return steps if linear == masks.keys() else None
-
-
-def _is_step(name: str, module: nn.Module) -> bool:
-    """Tell whether a module is one step of a chain, not a sequence of steps or part of a mask."""
-    return type(module) is not nn.Sequential and "parametrizations" not in name.split(".")
-
-
-def _chained(steps: list[tuple[str, Any]], drawn: dict[str, Tensor], columns: Tensor) -> Tensor:
-    h = columns
-    for name, module in steps:
-        kind: type = type(module)
-        if kind is nn.ReLU and h.ndim == 3:
-            h = h.relu_()
-        elif kind in ELEMENTWISE:
-            h = module(h.clone() if h is columns else h)  # the module may work in place
-        elif kind is not nn.Flatten:
-            weight: Any = drawn.get(name, module.weight)
-            h = weight @ h
-            h = h if module.bias is None else h.add_(module.bias[:, None])
-    return h.mT
 
 
 def _elements(model: nn.Module, x: Tensor) -> int:

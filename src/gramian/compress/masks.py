@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from gramian.compress.layers import check_layer, chosen, transposed
 from gramian.compress.moments import add_noise, can_match
-from gramian.compress.structures import Patterns, Size, Weights
+from gramian.compress.structures import Patterns, Sampler, Size, Weights
 from gramian.errors import InputError
 
 Mode = Literal[
@@ -110,7 +110,7 @@ class StochasticMask(nn.Module):
         values = weight
         if self.log_std is not None and self.mode in _DRAWN:
             values = weight + self.log_std.exp() * _drawn(self.weight_noise)
-        return _applied(self.spread(self.current(), weight), values)
+        return values * self.spread(self.current(), weight)
 
     def current(self) -> Shaped[Tensor, "..."]:
         """Return the units of the mode as it is now."""
@@ -137,14 +137,16 @@ class StochasticMask(nn.Module):
         if self.log_std is not None:
             self.weight_noise = self.log_std.new_empty(self.log_std.shape).normal_(generator=generator)
 
-    def draws(self, weight: Tensor, count: int, generator: torch.Generator | None) -> Float[Tensor, "..."]:
-        """Return `count` independent draws of the weight, (count, …)."""
-        noise = torch.rand(count, *self.logits.shape, generator=generator, device=self.logits.device)
-        mask = self.spread(self.structure.hard(self.logits, noise), weight)
+    def draws(
+        self, weight: Tensor, count: int, generator: torch.Generator | None, sampler: Sampler | None = None
+    ) -> Float[Tensor, "..."]:
+        """Return `count` independent draws of the weight, (count, …); a `sampler` saves making it anew."""
+        sampler = sampler or self.structure.sampler(self.logits)
+        mask = self.spread(sampler(count, generator), weight)
         if self.log_std is None:
-            return _applied(mask, weight)
+            return weight * mask
         normal = weight.new_empty(count, *weight.shape).normal_(generator=generator)
-        return _applied(mask, weight + self.log_std.exp() * normal)
+        return (weight + self.log_std.exp() * normal) * mask
 
 
 def hard_concrete(logits: Float[Tensor, "..."], noise: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -213,7 +215,7 @@ def remove_masks(model: nn.Module, *, apply: bool = False) -> None:
     Holds: exactly.
     """
     for layer, mask in _layers(model).values():
-        value = layer.weight.detach().clone() if apply else None
+        value = layer.weight.detach() + 0.0 if apply else None  # no −0
         others = [name for name in layer._parameters if name != "weight"]
         _own_class(layer)
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
@@ -326,15 +328,11 @@ def export_state(model: nn.Module) -> dict[str, Tensor]:
     for name, (layer, _) in _layers(model).items():
         prefix = key_of(name, "")
         state = {key: value for key, value in state.items() if not key.startswith(prefix)}
-        state[f"{name}.weight".lstrip(".")] = layer.weight.detach().clone()
+        state[f"{name}.weight".lstrip(".")] = layer.weight.detach() + 0.0  # no −0
     return state
 
 
 _DRAWN = ("sample", "straight_through", "relaxed", "hard_concrete")
-
-
-def _applied(mask: Tensor, values: Tensor) -> Tensor:
-    return torch.where(mask, values, 0.0) if mask.dtype == torch.bool else mask * values
 
 
 def _drawn(noise: Tensor | None) -> Tensor:

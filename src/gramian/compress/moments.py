@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -30,21 +29,20 @@ def add_noise(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mean: T
     x = args[0] if args else kwargs["input"]
     weight = layer.parametrizations.weight.original
     chance, std = mask.probabilities, mask.log_std
-    added: Float[Tensor, "..."] = torch.zeros_like(mean)
     variance = None if std is None else mask.spread(chance, weight) * (2 * std).exp()
     if isinstance(mask.structure, Rows):
         deviation = mask.spread(
             (chance * (1 - chance)).clamp(min=torch.finfo(chance.dtype).tiny).sqrt(), weight
         )
         part = product(layer, x, deviation * weight)
-        added = part * _row_noise(layer, mask, part, weight)
+        mean = torch.addcmul(mean, part, _row_noise(layer, mask, part, weight))
     else:
         masked = mask.spread(chance * (1 - chance), weight) * weight.square()
         variance = masked if variance is None else variance + masked
     if variance is not None:
         spread = product(layer, x.square(), variance).clamp(min=torch.finfo(mean.dtype).tiny).sqrt()
-        added = added + spread * _normal(spread.shape, mask, mean)
-    return mean + added
+        mean = torch.addcmul(mean, spread, _normal(spread.shape, mask, mean))
+    return mean
 
 
 def product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The law of masked weights frozen as a prior, and the divergence of the law they have later from it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,23 @@ Prior = dict[str, LayerLaw]
 
 
 @torch.no_grad()
+def law_of(model: nn.Module) -> Prior:
+    """Return a copy of the law of the masked weights, in double precision.
+
+    Raises: InputError when the model has no masks.
+    Holds: exactly.
+    """
+    weights = originals_of(model)
+    return {
+        name: LayerLaw(
+            mask.logits.detach().double().clone(),
+            weights[name].detach().double().clone(),
+            None if mask.log_std is None else mask.log_std.detach().double().exp(),
+        )
+        for name, mask in masks_of(model).items()
+    }
+
+
 def prior_of(model: nn.Module, clamp: float = 0.01) -> Prior:
     """Return a frozen copy of the law of the masked weights, every λ of single units within [ε, 1 − ε].
 
@@ -36,14 +53,13 @@ def prior_of(model: nn.Module, clamp: float = 0.01) -> Prior:
     if not 0 < clamp < 0.5:
         raise InputError(f"the clamp of prior probabilities must be more than 0 and less than ½, got {clamp}")
     edge = float(torch.tensor(1 - clamp, dtype=torch.float64).logit())
-    prior, weights = {}, originals_of(model)
-    for name, mask in masks_of(model).items():
-        logits = mask.logits.detach().double().clone()
-        if not isinstance(mask.structure, Patterns):
-            logits = logits.clamp(-edge, edge)
-        std = None if mask.log_std is None else mask.log_std.detach().double().exp()
-        prior[name] = LayerLaw(logits, weights[name].detach().double().clone(), std)
-    return prior
+    masks = masks_of(model)
+    return {
+        name: law
+        if isinstance(masks[name].structure, Patterns)
+        else replace(law, logits=law.logits.clamp(-edge, edge))
+        for name, law in law_of(model).items()
+    }
 
 
 @torch.no_grad()

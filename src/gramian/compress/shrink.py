@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from gramian.compress.draws import ELEMENTWISE
+from gramian.compress.chains import ELEMENTWISE
 from gramian.compress.masks import remove_masks
 from gramian.errors import InputError
 

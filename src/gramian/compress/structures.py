@@ -5,6 +5,7 @@ a shape of their own; `spread` copies them to their weights and `gather`, its ad
 of each. Leading batch dimensions of units go through.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from math import prod
@@ -16,6 +17,8 @@ from torch import Tensor
 from gramian.errors import InputError
 
 Size = tuple[int, ...]
+Sampler = Callable[[int, torch.Generator | None], Tensor]
+"""How many draws, and the generator -> the units that each keeps, (count, …)."""
 NOISE_EDGE = 1e-7
 """Uniform noise is kept this far from 0 and 1 where its logarithm is taken."""
 
@@ -61,6 +64,21 @@ class Weights:
     def hard(self, logits: Float[Tensor, "..."], noise: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Return the units that uniform noise keeps."""
         return noise < logits.sigmoid()
+
+    def sampler(self, logits: Float[Tensor, "..."]) -> Sampler:
+        """Return a function that draws many units at once, of the logits as they are now.
+
+            m_j = 1[u_j < ⌊2³² λ_j⌋],  u_j uniform over whole numbers of 32 bits
+
+        Holds: exactly, up to the 2⁻³² of a whole number.
+        """
+        scaled = logits.detach().sigmoid().double() * 2**32
+        thresholds = (scaled.floor() - 2**31).clamp(max=2**31 - 1).to(torch.int32)
+
+        def draw(count: int, generator: torch.Generator | None) -> Bool[Tensor, "..."]:
+            return _whole_numbers((count, *logits.shape), generator, logits.device) < thresholds
+
+        return draw
 
     def soft(
         self, logits: Float[Tensor, "..."], noise: Float[Tensor, "..."], temperature: float
@@ -196,6 +214,16 @@ class Patterns(Weights):
         """Return the pattern that Gumbel noise picks."""
         return self.table(logits)[(logits + _gumbel(noise)).argmax(-1)] > 0
 
+    def sampler(self, logits: Float[Tensor, "..."]) -> Sampler:
+        """Return a function that draws many patterns at once, of the logits as they are now."""
+        fixed = logits.detach().clone()
+
+        def draw(count: int, generator: torch.Generator | None) -> Bool[Tensor, "..."]:
+            noise = torch.rand(count, *fixed.shape, generator=generator, device=fixed.device)
+            return self.hard(fixed, noise)
+
+        return draw
+
     def soft(
         self, logits: Float[Tensor, "..."], noise: Float[Tensor, "..."], temperature: float
     ) -> Float[Tensor, "..."]:
@@ -215,6 +243,13 @@ class Patterns(Weights):
 def weights_per_unit(structure: Weights, size: Size) -> int:
     """Return how many weights one unit covers."""
     return prod(size) // prod(structure.units(size))
+
+
+def _whole_numbers(shape: Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Return uniform whole numbers of 32 bits, two from each draw of 64, which costs least."""
+    count = prod(shape)
+    pairs = torch.empty(-(-count // 2), dtype=torch.int64, device=device)
+    return pairs.random_(-(2**63), None, generator=generator).view(torch.int32)[:count].view(shape)
 
 
 def _gumbel(noise: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import gzip
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from gramian.errors import InputError
 UNSIGNED_BYTES = 0x08
 """The only type of entries that IDX files of images have."""
 
+ARRAYS = ("images", "labels", "test_images", "test_labels")
+"""What is read of a .npz file."""
+
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
@@ -24,6 +27,8 @@ class Labelled:
 
     images: Float[Tensor, "n channels height width"]
     labels: Int64[Tensor, " n"]
+    scale: float | None = None
+    """Largest pixel there can be by the kind of the file, 255 for bytes; None where it says nothing."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -31,11 +36,11 @@ class Labelled:
 
     def __getitem__(self, index: Tensor) -> "Labelled":
         """Return the images of an index."""
-        return Labelled(self.images[index], self.labels[index])
+        return Labelled(self.images[index], self.labels[index], self.scale)
 
     def to(self, device: torch.device) -> "Labelled":
         """Return the same images on a device."""
-        return Labelled(self.images.to(device), self.labels.to(device))
+        return Labelled(self.images.to(device), self.labels.to(device), self.scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +89,7 @@ def load_images(
     Holds: equal seeds give equal splits; the three sets share no image.
     """
     _check(pool, count, validation, test)
-    name, given = _digits() if path is None else _read(Path(path), labels)
+    name, given = read_images(path, labels)
     generator = torch.Generator().manual_seed(seed)
     known = _shuffled(given["train"], count, generator)
     if "test" in given:
@@ -109,22 +114,32 @@ def _check(pool: int, count: int | None, validation: float, test: float) -> None
             raise InputError(f"the share for {name} must lie between 0 and 1, got {share:g}")
 
 
-def _digits() -> tuple[str, dict[str, Labelled]]:
-    from sklearn.datasets import load_digits  # a second to import, so only where it is used
+def read_images(path: Path | None = None, labels: Path | None = None) -> tuple[str, dict[str, Labelled]]:
+    """Return the name of labelled images and what is read, raw pixels as they are in the file, by part.
 
-    images, labels = load_digits(return_X_y=True)
-    return "scikit-learn digits", {"train": _labelled(images.reshape(-1, 8, 8), labels, "digits")}
+    The formats are those of `load_images`. The part "train" is always there, "test" where it comes with the
+    data. Without a path they are scikit-learn's digits.
 
-
-def _read(path: Path, labels: Path | None) -> tuple[str, dict[str, Labelled]]:
+    Raises: InputError as `load_images`, except for what concerns the split.
+    """
+    if path is None:
+        return "scikit-learn digits", {"train": _digits()}
+    path = Path(path)
     if not path.exists():
         raise InputError(f"there is no file or folder {path}")
     if path.is_dir():
         return path.name, _read_folder(path)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return path.name, _read_npz(path)
     labels = _labels_beside(path) if labels is None else labels
     return path.name, {"train": _labelled(read_idx(path), read_idx(labels), str(path))}
+
+
+def _digits() -> Labelled:
+    from sklearn.datasets import load_digits  # a second to import, so only where it is used
+
+    images, labels = load_digits(return_X_y=True)
+    return replace(_labelled(images.reshape(-1, 8, 8), labels, "digits"), scale=16.0)
 
 
 def _read_folder(folder: Path) -> dict[str, Labelled]:
@@ -177,16 +192,18 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _read_npz(path: Path) -> dict[str, Labelled]:
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} cannot be read as .npz of plain arrays: it is no zip archive")
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {name: np.asarray(file[name]) for name in ARRAYS if name in file}
+            have = ", ".join(file.files) or "nothing"
+    except Exception as error:  # zip, zlib, numpy and memory fail each in its own way on a damaged file
         raise InputError(f"{path} cannot be read as .npz of plain arrays: {error}") from error
     found = {}
     for part, prefix in (("train", ""), ("test", "test_")):
         images, labels = (arrays.get(prefix + name) for name in ("images", "labels"))
         if (images is None) != (labels is None) or (images is None and part == "train"):
-            have = ", ".join(arrays) or "nothing"
             raise InputError(f"{path} needs the arrays {prefix}images and {prefix}labels; it holds {have}")
         if images is not None and labels is not None:
             found[part] = _labelled(images, labels, str(path))
@@ -216,7 +233,7 @@ def _labelled(images: np.ndarray, labels: np.ndarray, where: str) -> Labelled:
     numbers = torch.from_numpy(labels.astype(np.int64))
     if numbers.min() < 0:
         raise InputError(f"{where}: labels count classes from 0, got {int(numbers.min())}")
-    return Labelled(pixels, numbers)
+    return Labelled(pixels, numbers, 255.0 if images.dtype == np.uint8 else None)
 
 
 def _shuffled(data: Labelled, count: int | None, generator: torch.Generator) -> Labelled:
@@ -235,7 +252,7 @@ def _pooled(data: Labelled, pool: int) -> Labelled:
     height, width = data.images.shape[-2:]
     if min(height, width) < pool:
         raise InputError(f"images of {height} x {width} cannot be averaged over {pool} x {pool} pixels")
-    return Labelled(torch.nn.functional.avg_pool2d(data.images, pool), data.labels)
+    return replace(data, images=torch.nn.functional.avg_pool2d(data.images, pool))
 
 
 def _standardised(parts: list[Labelled], name: str) -> list[Labelled]:
