@@ -22,6 +22,7 @@ def programs(page: str, heading: str) -> list[str]:
     ("page", "heading"),
     [
         ("ntk_ensemble.md", "## From Python"),
+        ("pac_pruning.md", "## From Python"),
         ("frameworks.md", "## scikit-learn"),
         ("frameworks.md", "## The trajectory of a training"),
     ],

@@ -92,7 +92,7 @@ def failing(found: list[Finding]) -> list[str]:
 def test_a_result_as_claimed_holds() -> None:
     found = check(Result(tuned(), tuned(), certified(0.7, 0.9)))
     assert failing(found) == []
-    assert len(found) == 2 * 4 + 2
+    assert len(found) == 2 * 5 + 2
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,13 @@ def test_a_result_as_claimed_holds() -> None:
         (Result(tuned({BOTH: 0.6}), [], []), "snip at 0.1"),
         (Result(tuned(random=0.7), [], []), "the random mask"),
         (Result(tuned({MASKS: 0.5, SHUFFLED: 0.4}), [], []), "shuffled"),
+        (Result(tuned({STRAIGHT: 0.01}), [], []), "plain fine-tuning"),
+        (Result(tuned({GATES: 0.01}), [], []), "hard concrete"),
         (Result([], tuned({BOTH: 0.6}), []), "cnn"),
         (Result([], [], certified(0.95, 0.99)), "without data"),
         (Result([], [], certified(0.8, 0.7)), "gained"),
     ],
-    ids=["both", "random", "shuffled", "cnn", "vacuous", "no gain"],
+    ids=["both", "random", "shuffled", "straight", "gates", "cnn", "vacuous", "no gain"],
 )
 def test_a_spoiled_result_fails(spoiled: Result, what: str) -> None:
     failed = failing(check(spoiled))
@@ -116,12 +118,12 @@ def test_a_spoiled_result_fails(spoiled: Result, what: str) -> None:
 def test_tables_show_every_way_and_every_prior() -> None:
     result = Result(tuned(), tuned(), certified(0.7, 0.9) + certified(0.2, 0.25, 0.5))
     rows = table(result)
-    assert [row["mask"] for row in rows] == ["mlp, snip, 0.1", "cnn, snip, 0.1"]
-    assert rows[0]["untouched"] == "50.1 ± 0.1"
-    assert rows[0]["λ and w, fixed"] == "4.1 ± 0.1"
+    assert [row["mask"] for row in rows] == ["mlp snip 0.1", "cnn snip 0.1"]
+    assert rows[0]["untouched"] == "50.1±0.1"
+    assert rows[0]["λ and w"] == "4.1±0.1"
     shown = start_table(result)
     assert [row["prior from"] for row in shown] == ["0%", "50%"]
-    assert shown[0]["certificate"] == "71.0 ± 0.6"
+    assert shown[0]["certificate"] == "71.0±0.6"
     assert shown[0]["test-set bound"] == ""
     assert shown[1]["KL / n"] == "0.2"
 
@@ -162,7 +164,9 @@ def test_a_tiny_run_ends_and_goes_on(setting: str, tmp_path: Path) -> None:
     assert len(saved["tuning"]) == 2 * len(ENDED)
     again = run(config, QUIET)  # reads what is there
     assert again == result
-    assert len(check(result)) == 2 * 4 + 3 * 3
+    assert len(check(result)) == 2 * 3 + 3 * 3  # a density of ½ is not sparse
+    for name in ("errors.svg", "certificates.svg"):
+        assert (tmp_path / config.name / name).read_text().startswith("<?xml")
 
 
 def test_settings_are_changed_as_asked() -> None:

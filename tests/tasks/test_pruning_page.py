@@ -111,6 +111,13 @@ def test_noise_is_two_standard_errors_of_a_difference_of_shares() -> None:
     assert noise(0.0, 0.0, 10) == 0
 
 
+def test_losses_that_are_no_errors_scatter_as_they_do() -> None:
+    losses = 0.4 + 0.05 * torch.randn((2, 5_000, 400), generator=torch.Generator().manual_seed(1))
+    gaps = losses.double().mean(2).diff(dim=0).abs()
+    assert (gaps > noise(0.4, 0.4, 400, 0.05)).double().mean().item() == pytest.approx(0.0455, abs=0.012)
+    assert not (gaps > noise(0.4, 0.4, 400)).any()  # taken as errors nothing would ever be seen
+
+
 def test_a_difference_within_chance_is_no_difference() -> None:
     text = said()
     assert (

@@ -413,7 +413,7 @@ def test_structures_and_starts(config, sets, dense, structure, start) -> None:
     bounding = replace(config.bounding, learning=learning, draws=8)
     job = job_of(config, sets, dense, structure=structure, start=start, learning=learning, bounding=bounding)
     states = []
-    outcome = job.prune(0.5, lambda model: states.append(task.masks_of(model)) or EXPORTED)
+    outcome = job.prune(0.5, lambda model: states.append(masks_of(model)) or EXPORTED)
     assert outcome.kept == 0.5
     assert outcome.guarantee.posterior.value <= 1
     masks = states[0]

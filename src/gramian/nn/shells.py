@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
@@ -194,19 +195,19 @@ def shells_of_pairs(
     """
     check_count(count)
     nodes = _check_pairs(targets, sources, hops, sizes, count)
-    targets, sources, hops = targets.long(), sources.long(), hops.long()
-    keys, order = torch.sort(hops * nodes + targets, stable=True)
-    keys, lengths = torch.unique_consecutive(keys, return_counts=True)
-    members, device = sources[order], targets.device
-    row = torch.repeat_interleave(lengths)
-    by_member = torch.argsort(members, stable=True)
-    graph = torch.repeat_interleave(torch.tensor(tuple(sizes), device=device))
+    order = _order(targets, nodes)
+    order = order[_order(hops[order], count)]
+    node, members, hop = (tensor[order].int() for tensor in (targets, sources, hops))
+    first = torch.ones(len(order), dtype=torch.bool, device=order.device)
+    first[1:] = (hop.diff() != 0) | (node.diff() != 0)
+    row, begins = first.cumsum(0, dtype=torch.int32) - 1, first.nonzero()[:, 0]
+    graph = torch.repeat_interleave(torch.tensor(tuple(sizes), device=order.device))
     return Shells(
-        members=members.int(),
-        node=(keys % nodes).int(),
-        hop=(keys // nodes).int(),
-        starts=_offsets(lengths),
-        rows=row[by_member].int(),
+        members=members,
+        node=node[begins],
+        hop=hop[begins],
+        starts=torch.nn.functional.pad(begins, (0, 1), value=len(order)).int(),
+        rows=row[_order(members, nodes)],
         ends=_offsets(members.bincount(minlength=nodes)),
         graph=graph.int(),
         sizes=tuple(sizes),
@@ -294,6 +295,13 @@ def check_edges(edges: Tensor, nodes: int) -> None:
     low, high = int(edges.min()), int(edges.max())
     if low < 0 or high >= nodes:
         raise InputError(f"edges of {nodes} nodes join nodes 0 … {nodes - 1}, got {low} … {high}")
+
+
+def _order(numbers: Tensor, below: int) -> Tensor:
+    """Return the stable order of numbers from 0 on; those of 16 bits are sorted by radix on a CPU."""
+    if numbers.device.type != "cpu" or below > 2**16:
+        return torch.argsort(numbers, stable=True)
+    return torch.from_numpy(np.argsort(numbers.numpy().astype(np.uint16), kind="stable"))
 
 
 def _before(numbers: Sequence[int]) -> list[int]:

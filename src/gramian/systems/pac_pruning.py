@@ -1,16 +1,21 @@
 """Stochastic pruning masks: what learning them gains on their start, and what is certain of the result."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import nan
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from gramian.compress.learning import Learning
 from gramian.errors import InputError
 from gramian.files import write_json
+from gramian.report import save
+from gramian.report.pruning import PriorPath, prior_fractions
+from gramian.report.tuned_masks import tuned_masks
 from gramian.systems.claims import Finding, averaged, paired
 from gramian.tasks import certificate_study as certificates
 from gramian.tasks.certificate_study import CertificateStudy, Certified, run_certificates
@@ -20,6 +25,7 @@ from gramian.tasks.pruning_study import (
     AGAIN,
     AGAIN_BOTH,
     BOTH,
+    DENSE,
     GATES,
     MASKS,
     SHUFFLED,
@@ -34,6 +40,12 @@ from gramian.tasks.self_bounded import Bounding
 CLAIM = """Pruning masks drawn weight by weight, whose probabilities are learnt on the expected loss, improve
 the test error of the magnitude, SNIP and random masks that they start from, also after thresholding, and
 learnt on a PAC-Bayes bound they certify their own risk (Hayou, He, Dziugaite 2021, arXiv 2110.11804)."""
+
+
+LEAST = 0.01
+"""Error, in percent, that the axis of the figure begins at."""
+SPARSE = 0.1
+"""Density up to which learnt masks are asked to be ahead of other ways to go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +170,51 @@ def run(config: Config, console: Console | None = None) -> Result:
     certified = run_certificates(config.certificates, config.seeds, folder / "certificates", console)
     result = Result(tuning, convolutions, certified)
     write_json(folder / "result.json", asdict(result))
+    for name, figure in figures(result).items():
+        save(figure, folder / name)
     return result
+
+
+def figures(result: Result) -> Mapping[str, Figure]:
+    """Return held-out errors by density and way, and certificates by the share that makes the prior."""
+    shown = {
+        "untouched": UNTOUCHED,
+        "fine-tuned": STRAIGHT,
+        "hard concrete": GATES,
+        "λ learnt": MASKS,
+        "λ and w learnt": BOTH,
+        "fine-tuned, then λ and w": AGAIN_BOTH,
+    }
+    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for start in dict.fromkeys(each.start for each in result.tuning):
+        panels[start] = {name: {} for name in shown}
+        for name, way in shown.items():
+            for each in result.tuning:
+                if (each.start, each.way) == (start, way):
+                    panels[start][name].setdefault(each.density, []).append(max(100 * each.fixed, LEAST))
+    dense = mean(100 * each.fixed for each in result.tuning if each.way == DENSE)
+
+    def path(way: str) -> PriorPath:
+        groups = certificates.by_fraction(result.certificates, way)
+        seeds = range(min(map(len, groups.values())))
+
+        def rows(reading: Callable[[Certified], float]) -> list[list[float]]:
+            return [[reading(group[seed]) for group in groups.values()] for seed in seeds]
+
+        return PriorPath(
+            fractions=list(groups),
+            certificate=rows(lambda each: each.certificate),
+            error=rows(lambda each: each.held_out),
+            prior=rows(lambda each: each.prior),
+            test_set=rows(lambda each: nan if each.test_set is None else each.test_set),
+            kl=rows(lambda each: each.kl / each.n),
+        )
+
+    ways = dict.fromkeys(each.way for each in result.certificates)
+    return {
+        "errors.svg": tuned_masks(panels, max(dense, LEAST)),
+        "certificates.svg": prior_fractions({way: path(way) for way in ways}),
+    }
 
 
 def check(result: Result) -> list[Finding]:
@@ -185,22 +241,25 @@ def _tuning(network: str, found: Sequence[Tuned]) -> list[Finding]:
             gain = paired(base, errors(start, density, BOTH, random))
             findings.append(Finding(f"{at}: points of error that {what} gains", *gain, 0.0, below=False))
 
-    def over_cells(way: str, other: str) -> tuple[float, float]:
+    def over(densities: Sequence[float], way: str, other: str) -> tuple[float, float]:
+        """Return how much less a way errs than another, mean over cells and its error over seeds."""
         gaps = [
-            [b - a for a, b in zip(errors(*cell, way), errors(*cell, other), strict=True)] for cell in cells
+            [b - a for a, b in zip(errors(*cell, way), errors(*cell, other), strict=True)]
+            for cell in cells
+            if cell[1] in densities
         ]
         return averaged([mean(each) for each in zip(*gaps, strict=True)])
 
-    if cells:
-        for what, way, other in (
-            ("λ alone gain on the untouched mask", MASKS, UNTOUCHED),
-            ("λ alone gain on λ by shuffled gradients (a control)", MASKS, SHUFFLED),
-        ):
-            findings.append(
-                Finding(
-                    f"{network}: points that {what}, all cells", *over_cells(way, other), 0.0, below=False
-                )
-            )
+    densities = sorted({density for _, density in cells})
+    sparse = [density for density in densities if density <= SPARSE]
+    for what, among, way, other in (
+        ("λ alone gain on λ by shuffled gradients (a control)", densities, MASKS, SHUFFLED),
+        (f"λ and weights gain on hard concrete gates, densities ≤ {SPARSE:g}", sparse, BOTH, GATES),
+        (f"λ and weights gain on plain fine-tuning, densities ≤ {SPARSE:g}", sparse, BOTH, STRAIGHT),
+    ):
+        if among:
+            gain = over(among, way, other)
+            findings.append(Finding(f"{network}: points of error that {what}", *gain, 0.0, below=False))
     return findings
 
 
@@ -236,13 +295,11 @@ def table(result: Result) -> list[Mapping[str, Any]]:
 
             rows.append(
                 {
-                    "mask": f"{network}, {start}, {density:g}",
+                    "mask": f"{network} {start} {density:g}",
                     "untouched": cell(UNTOUCHED),
-                    "λ, random": cell(MASKS, True),
-                    "λ, fixed": cell(MASKS),
-                    "shuffled": cell(SHUFFLED),
-                    "λ and w, random": cell(BOTH, True),
-                    "λ and w, fixed": cell(BOTH),
+                    "λ": cell(MASKS),
+                    "λ and w": cell(BOTH),
+                    "the same, random": cell(BOTH, True),
                     "hard concrete": cell(GATES),
                     "fine-tuned": cell(STRAIGHT),
                     "twice": cell(AGAIN),
@@ -275,4 +332,4 @@ def start_table(result: Result) -> list[Mapping[str, Any]]:
 
 def _written(values: Sequence[float]) -> str:
     value, error = averaged(values)
-    return f"{value:.1f} ± {error:.1f}"
+    return f"{value:.1f}±{error:.1f}"

@@ -213,7 +213,7 @@ def _value(certificate: Certificate | None) -> float:
 def _chance(pruning: Pruning, outcome: Pruned) -> float | None:
     if not held_out(pruning) or not math.isfinite(pruning.dense + outcome.fixed):
         return None
-    return 100 * noise(pruning.dense, outcome.fixed, held_out(pruning))
+    return 100 * noise(pruning.dense, outcome.fixed, held_out(pruning), pruning.deviation)
 
 
 def _certificates(pruning: Pruning) -> Section:

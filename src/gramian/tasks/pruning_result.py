@@ -73,6 +73,8 @@ class Pruning:
     outcomes: tuple[Pruned, ...]
     """By density as asked for."""
     loss: str = "0-1 error"
+    deviation: float | None = None
+    """Standard deviation of the dense network's loss over held-out examples, of losses that are no errors."""
 
 
 def pruned_of(saved: Mapping[str, Any]) -> Pruned:

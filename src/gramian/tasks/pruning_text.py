@@ -391,6 +391,7 @@ def prune_text(
         dense=job.dense_losses.mean,
         outcomes=tuple(outcomes),
         loss=LOSS,
+        deviation=job.dense_losses.clipped.double().std().item(),
     )
 
 

@@ -56,16 +56,15 @@ def held_out(pruning: Pruning) -> int:
     return pruning.examples.get("held_out", 0)
 
 
-def noise(first: float, second: float, n: int) -> float:
+def noise(first: float, second: float, n: int, deviation: float | None = None) -> float:
     """Return the difference of two errors, each on n examples, that can be chance.
 
-        2 √(2 p(1 − p)/n),   p the mean of both
+        2 √(2 σ²/n),   σ² = p(1 − p) of errors of 0 and 1, p the mean of both; other losses have their own
 
-    Losses in [0, 1] scatter no more than errors of 0 and 1 of the same mean, and two networks judged by the
-    same examples usually less.
+    Two networks judged by the same examples differ by less.
     """
     p = min(max((first + second) / 2, 0.0), 1.0)
-    return ERRORS * math.sqrt(2 * p * (1 - p) / n)
+    return ERRORS * math.sqrt(2 * (p * (1 - p) if deviation is None else deviation**2) / n)
 
 
 def difference(pruning: Pruning, first: float, second: float) -> int:
@@ -75,7 +74,7 @@ def difference(pruning: Pruning, first: float, second: float) -> int:
     """
     if not math.isfinite(second - first) or not held_out(pruning):
         return 1
-    if abs(second - first) <= noise(first, second, held_out(pruning)):
+    if abs(second - first) <= noise(first, second, held_out(pruning), pruning.deviation):
         return 0
     return 1 if second > first else -1
 
@@ -93,7 +92,7 @@ def _free(pruning: Pruning, chosen: Pruned) -> str:
     else:
         meaning = (
             f"no difference that {n:,} held-out examples can show (up to "
-            f"{points(noise(dense, chosen.fixed, n), sign=False)} points can be chance)"
+            f"{points(noise(dense, chosen.fixed, n, pruning.deviation), sign=False)} points can be chance)"
         )
     return f"{share(1 - chosen.kept)} of the weights can go: with {_kept(chosen)}, {compared}: {meaning}."
 
@@ -117,7 +116,7 @@ def _costly(pruning: Pruning, chosen: Pruned) -> str:
     if not math.isfinite(added):
         return f"What pruning costs is not known, as the {pruning.loss} is not finite."
     begin = "Every density tried costs, least" if len(pruning.outcomes) > 1 else "Pruning costs"
-    chance = points(noise(pruning.dense, chosen.fixed, n), sign=False)
+    chance = points(noise(pruning.dense, chosen.fixed, n, pruning.deviation), sign=False)
     return (
         f"{begin} with {_kept(chosen)}: the {pruning.loss} of the fixed network is {share(chosen.fixed)}, "
         f"that of the dense one {share(pruning.dense)}, {points(added)} points (up to {chance} can be chance "
