@@ -1,21 +1,18 @@
 """How much of a network can be pruned, and what is certain of its error? A tenth of the weights on digits."""
 
-from dataclasses import replace
-
-from gramian.bayes.split import random_split
 from gramian.compress.learning import Learning
-from gramian.tasks.pruning import Evidence, Plan, prune
-from gramian.tasks.pruning_data import Data, standardised
+from gramian.tasks.evidence import split_evidence
+from gramian.tasks.pruning import Plan, prune
+from gramian.tasks.pruning_data import Data
 from gramian.tasks.pruning_networks import Network, build, train_dense
 from gramian.tasks.self_bounded import Bounding
 
 examples = Data().load()  # scikit-learn's digits, a fifth held out
-drawn = random_split(len(examples.known), prior_fraction=0.5, seed=0)  # before anything is trained
-split = replace(drawn, prior=examples.known[drawn.prior], bound=examples.known[drawn.bound])
-x = standardised(examples, split.prior)
+evidence = split_evidence(examples, fraction=0.5, seed=0)  # half of the rest makes the prior, half the bound
+x, y = evidence.x[evidence.prior], examples.y[evidence.prior]
 
 network = build(Network("mlp", examples.size, examples.classes, (100,)), seed=0)
-train_dense(network, x[split.prior], examples.y[split.prior], steps=400, batch=64, rate=2e-3, seed=0)
+train_dense(network, x, y, steps=400, batch=64, rate=2e-3, seed=0)
 
 plan = Plan(
     density=0.1,
@@ -23,7 +20,7 @@ plan = Plan(
     learning=Learning(steps=300, learn="both"),
     bounding=Bounding(learning=Learning(steps=100), draws=2000),
 )
-found = prune(network, Evidence(x, examples.y, split.prior, examples.held_out, split), plan)
+found = prune(network, evidence, plan)
 assert found is not None
 assert found.guarantee is not None
 assert found.guarantee.fixed is not None

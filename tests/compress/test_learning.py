@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from gramian.compress.density import cubic, density_of, keep_highest, shift, start_from
+from gramian.compress.density import cubic, density_of, keep_highest, shift, start_from, start_smoothly
 from gramian.compress.learning import BINS, LARGEST_LOGIT, Learning, fix_hard_concrete, learn
 from gramian.compress.linear_masks import LinearMasks
 from gramian.compress.mask_gradients import all_masks, hard_concrete_kept, hard_concrete_mean
@@ -134,6 +134,45 @@ def test_a_held_density_keeps_the_largest_gains():
     data = x, problem.y[:, None]
     learn(blind, lambda step: data, mse_loss, Learning(steps=400), density=0.5, generator=seeded())
     assert not torch.equal(most_probable(blind, 0.5)[""][0].nonzero()[:, 0], top)
+
+
+def first_step(model: nn.Module, slopes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return how one step moves the logits when ∂F/∂λ of every unit is as given."""
+    masks = masks_of(model)
+    before = {name: mask.logits.detach().clone() for name, mask in masks.items()}
+
+    def objective(loss: Tensor) -> Tensor:
+        return sum(((slopes[name] * mask.probabilities).sum() for name, mask in masks.items()), 0 * loss)
+
+    settings = Learning(steps=1, mode="relaxed", rate=0.1)
+    learn(model, sample, cross_entropy, settings, objective=objective, generator=seeded())
+    return {name: mask.logits.detach() - before[name] for name, mask in masks.items()}
+
+
+@pytest.mark.parametrize(("structure", "sizes"), [(Weights(), (1, 1)), (Rows(2), (16, 24))])
+def test_a_step_is_along_the_slope_by_probability_and_weight_in_one_scale(structure, sizes):
+    model = network(structure=structure)
+    start_smoothly(model, magnitude(model), 0.5)  # λ differ, and their variance does not count
+    slopes = {name: rows(*mask.kept.shape, seed=9) for name, mask in masks_of(model).items()}
+    steps = first_step(model, slopes)
+    gains = {name: slopes[name] / size for name, size in zip(slopes, sizes, strict=True)}
+    scale = torch.cat([gain.flatten() for gain in gains.values()]).square().mean().sqrt()
+    for name, gain in gains.items():
+        certain = masks_of(model)[name].probabilities.detach().sub(0.5).abs() > 0.45
+        torch.testing.assert_close(steps[name][~certain], -0.1 * (gain / scale)[~certain], rtol=0.02, atol=0)
+
+
+def test_of_patterns_the_step_is_along_the_slope_of_the_categories():
+    model = network(structure=Patterns(2, 4))
+    for mask in masks_of(model).values():  # unequal, and none so rare that its probability does not count
+        mask.logits.data.copy_(rows(*mask.logits.shape, seed=8).clamp(-1, 1))
+    slopes = {name: rows(*mask.kept.shape, seed=9) for name, mask in masks_of(model).items()}
+    steps = first_step(model, slopes)
+    table = Patterns(2, 4).table(slopes["0"])
+    gains = {name: slope @ table.mT - slope.sum(-1, keepdim=True) / 2 for name, slope in slopes.items()}
+    scale = torch.cat([gain.flatten() for gain in gains.values()]).square().mean().sqrt()
+    for name, gain in gains.items():
+        torch.testing.assert_close(steps[name], -0.1 * gain / scale, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("mode", ["moments", "relaxed", "straight_through", "hard_concrete", "disarm"])
@@ -271,6 +310,18 @@ def test_the_history_counts_every_unit():
     chance = torch.cat([mask.probabilities.detach().flatten() for mask in masks_of(model).values()])
     assert history[-1].density == pytest.approx(float(chance.mean()))
     assert history[0].histograms != history[-1].histograms  # control: they say something
+
+
+def test_a_record_is_the_mean_since_the_last_one():
+    def loss(outputs: Tensor, step: Tensor) -> Tensor:
+        return 0 * outputs.sum() + step
+
+    def numbered(step: int) -> tuple[Tensor, Tensor]:
+        return sample(step)[0], torch.tensor(float(step))
+
+    history = learn(network(), numbered, loss, SHORT(), objective=lambda loss: 2 * loss, generator=seeded())
+    assert [moment.loss for moment in history] == [0, 2.5, 7, 12, 17]
+    assert [moment.objective for moment in history] == [0, 5, 14, 24, 34]
 
 
 @pytest.mark.parametrize("mode", ["moments", "relaxed", "hard_concrete", "score_function", "disarm"])

@@ -198,9 +198,9 @@ def test_groups_are_the_published_ones() -> None:
     assert [group["weight_decay"] for group in groups] == [0.0, 0.0, 0.1]
     assert [group["lr"] for group in groups] == [5e-4, 1e-3, 1e-3]
     torch.optim.AdamW(groups)
-    for module in model.modules():
-        if isinstance(module, LinearRecurrence):
-            module.requires_grad_(False)
+    for part in model.modules():
+        if isinstance(part, LinearRecurrence):
+            part.requires_grad_(False)
     frozen = optimiser_groups(model, 1e-3, 0.1)
     assert frozen[0]["params"] == []
 

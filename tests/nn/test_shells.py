@@ -123,6 +123,17 @@ def test_shells_of_a_matrix_of_distances() -> None:
         assert (listed(one), one.count) == (listed(other), other.count)
 
 
+def test_pairs_come_in_any_order_and_nodes_in_any_number() -> None:
+    for nodes in (9, 70_000):
+        far = nodes - 1
+        pairs = [(far, 2, 0), (1, 1, 0), (0, 1, far), (0, 1, 3), (far, 2, 1), (far, 1, 0)]
+        v, k, u = torch.tensor(pairs).T
+        shells = shells_of_pairs(v, u, k, [nodes], 4)
+        assert listed(shells) == set(pairs)
+        assert shells.hop.tolist() == [1, 1, 1, 2]
+        assert shells.starts.tolist() == [0, 2, 3, 4, 6]
+
+
 def three(count: int = 4) -> tuple[list[Tensor], list[int], list[Shells]]:
     sizes = [7, 1, 5]
     graphs = [random_graph(size, size, seed) for seed, size in enumerate(sizes)]

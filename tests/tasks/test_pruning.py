@@ -14,7 +14,8 @@ from gramian.compress.learning import Learning
 from gramian.compress.masks import export_state, masks_of, originals_of, remove_masks
 from gramian.errors import InputError
 from gramian.tasks import pruning
-from gramian.tasks.pruning import Evidence, Plan, Start, batches, prune
+from gramian.tasks.evidence import Evidence
+from gramian.tasks.pruning import Plan, Start, batches, prune
 from gramian.tasks.pruning_data import Data, standardised
 from gramian.tasks.pruning_networks import Network, build, train_dense
 from gramian.tasks.pruning_result import Pruned

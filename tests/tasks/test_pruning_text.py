@@ -12,9 +12,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-import gramian.tasks.pruning_text as task
 from gramian.bayes.bounds import BOUNDS, bernstein_risk_bound, chernoff_bound, kl_bound, sampled_risk_bound
 from gramian.bayes.split import Split
+from gramian.compress.density import keep_highest
 from gramian.compress.learning import Learning
 from gramian.compress.masks import keep, masks_of
 from gramian.compress.prior import prior_of
@@ -28,6 +28,7 @@ from gramian.nn.transformer import Shape, Transformer
 from gramian.tasks.language import Text, TrainConfig, train, validation
 from gramian.tasks.open_model import open_model
 from gramian.tasks.pruning_decoder import Decoder, add_decoder_masks, drawn_losses, window_losses
+from gramian.tasks.pruning_files import Exported
 from gramian.tasks.pruning_result import Pruning
 from gramian.tasks.pruning_text import Job, TextPruning, prune_text
 from gramian.tasks.pruning_windows import Amount, corpus_of, epoch, occurring, window_sets
@@ -304,9 +305,7 @@ def test_losses_are_told_in_the_units_of_language_models(found, dense, sets) -> 
         assert outcome.export["bits_a_byte"]["dense"] == pytest.approx(bits, rel=1e-5)
         told, table = outcome.export["nats_a_token"], outcome.export["bits_a_byte"]
         assert {*table, "certified_of_clipped"} == set(told)
-        assert (
-            told["fixed"] < told["start"] < told["token_frequencies"] < told["uniform_guess"] == math.log(300)
-        )
+        assert told["start"] < told["token_frequencies"] < told["uniform_guess"] == math.log(300)
         assert told["certified_of_clipped"] == outcome.guarantee.posterior.value * math.log(1e5)
         differences = outcome.export["clipped_loss"]
         assert differences["fixed_minus_dense"] == pytest.approx(outcome.fixed - found.dense, abs=1e-6)
@@ -375,20 +374,12 @@ def test_learning_lowers_the_loss_of_the_starting_mask(config, sets, dense, seed
     job = replace(job, sets=replace(sets, training=trained))
     seen = []
 
-    def note(model: Decoder):
+    def note(model: Decoder) -> Exported:
         learnt = {name: mask.probabilities.detach() for name, mask in masks_of(model).items()}
-        wrong = shuffled(learnt, torch.Generator().manual_seed(seed))
-        weights = masks_of(model)
-        order = {name: wrong[name].flatten().argsort(descending=True) for name in weights}
-        kept = {}
-        for name, mask in weights.items():
-            chosen = torch.zeros(mask.kept.numel(), dtype=torch.bool)
-            chosen[order[name][: int(mask.kept.sum())]] = True
-            kept[name] = chosen.reshape(mask.kept.shape)
-        before = {name: mask.kept.clone() for name, mask in weights.items()}
-        keep(model, kept)
+        fixed = {name: mask.kept for name, mask in masks_of(model).items()}
+        keep(model, keep_highest(model, shuffled(learnt, torch.Generator().manual_seed(seed)), 0.2))
         seen.append(window_losses(model, sets.held_out, P_MIN, 50).mean)
-        keep(model, before)
+        keep(model, fixed)
         return EXPORTED
 
     outcome = job.prune(0.2, note)
@@ -402,7 +393,7 @@ def test_learning_lowers_the_loss_of_the_starting_mask(config, sets, dense, seed
     assert outcome.history[-1].loss < outcome.history[0].loss
 
 
-EXPORTED = task.Exported(1, 1, 1, 1, 1, 1)
+EXPORTED = Exported(1, 1, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -425,6 +416,13 @@ def test_structures_and_starts(config, sets, dense, structure, start) -> None:
         assert all((mask.kept.sum(-1) == 2).all() for mask in masks.values())
         with pytest.raises(InputError, match=r"a density of 0\.4 is out"):
             job.prune(0.4, lambda model: EXPORTED)
+
+
+def test_a_prior_can_be_the_start(config, sets, dense) -> None:
+    outcome = job_of(config, sets, dense, prior="start", bounding=None).prune(0.2, lambda model: EXPORTED)
+    assert outcome.history == ()
+    assert outcome.fixed == pytest.approx(outcome.baseline, rel=1e-3)  # a weight or two by rounding
+    assert outcome.expected == pytest.approx(0.2 * 0.9 + 0.8 * 0.1, abs=1e-3)
 
 
 def test_weights_can_be_learnt_on_training_text_too(config, sets, dense) -> None:
@@ -468,6 +466,7 @@ def test_what_was_done_is_not_done_again(found, config, monkeypatch) -> None:
         ({"batch": 0}, "at least one window"),
         ({"amount": Amount(bound=7)}, "bound must be at least 8"),
         ({"amount": Amount(context=0)}, "context of at least 1"),
+        ({"prior": "none"}, "unknown prior 'none'; choose learnt or start"),
         ({"learning": Learning(mode="hard_concrete")}, "no Bernoulli masks"),
         ({"bounding": Bounding(learning=Learning(learn="both"))}, "moves masks alone"),
         ({"run": Path("nowhere")}, "not a run folder"),

@@ -115,8 +115,9 @@ class DistanceFilter(nn.Module):
     alone, s_v = Σ_k λ^k ⊙ (u_{v,k} − c) + c ⊙ Σ_{k<K} λ^k is the same sum. `neutral_empty` takes c = 0, so
     that K past the largest distance changes nothing.
 
-    In the original the dropout of the shell MLP is never active; `shell_dropout` makes it so. Rows pass in
-    blocks that are computed again for the derivative: only x_{v,k} is kept, `width` numbers a row.
+    In the original the dropout of the shell MLP is never active; `shell_dropout` makes it so, with one draw
+    for all empty shells. Many rows pass in blocks that are computed again for the derivative: of them only
+    x_{v,k} is kept, `width` numbers a row.
 
     Shapes: (nodes, width), shells -> (nodes, width).
     Raises: InputError for sizes below 1, an unknown gate, a rate outside [0, 1), and for shells of another

@@ -155,7 +155,7 @@ class Shells:
         )
 
     def fastest(self, dtype: torch.dtype = torch.float32, gigabytes: float = 1.0) -> "Shells":
-        """Return the back-end that sums faster: dense masks where they are full and small enough, else these."""
+        """Return the faster back-end: dense masks where they are full and small enough, else these."""
         most = CELLS_PER_ENTRY.get(self.graph.device.type, CELLS_PER_ENTRY_ELSEWHERE) * self.members.shape[0]
         small = self.cells() * dtype.itemsize <= gigabytes * GIGABYTE
         return self.dense(dtype, gigabytes) if small and 0 < self.cells() <= most else self

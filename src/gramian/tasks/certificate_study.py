@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from gramian.bayes.split import random_split
 from gramian.compress.learning import Learning
 from gramian.errors import InputError
 from gramian.files import write_json
-from gramian.tasks.pruning import Evidence, Plan, prune
-from gramian.tasks.pruning_data import Data, Examples, standardised
+from gramian.tasks.evidence import split_evidence
+from gramian.tasks.pruning import Plan, prune
+from gramian.tasks.pruning_data import Data, Examples
 from gramian.tasks.pruning_networks import Network, build, train_dense
 from gramian.tasks.self_bounded import Bounding
 from gramian.train.run import open_run, read_json
@@ -75,7 +75,7 @@ class CertificateStudy:
         else:
             start = {"density": self.density, "learning": self.learning}
         score = "random" if free else "magnitude"
-        return Plan(start=score, seed=seed, std=std, bounding=bounding, **start)
+        return Plan(start=score, seed=seed, std=std, bounding=bounding, first_density=None, **start)
 
 
 @dataclass(frozen=True)
@@ -162,15 +162,6 @@ def certify_one(
         bounds=dict(made.bounds),
         expected=found.expected,
     )
-
-
-def split_evidence(examples: Examples, fraction: float, seed: int) -> Evidence:
-    """Divide examples into prior, bound and held-out ones, and standardise them by the prior set alone."""
-    known = examples.known
-    drawn = random_split(len(known), fraction, seed)
-    split = replace(drawn, prior=known[drawn.prior], bound=known[drawn.bound])
-    x = standardised(examples, split.prior)
-    return Evidence(x, examples.y, split.prior, examples.held_out, split)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gramian.bayes.split import Seen, Split
+from gramian.bayes.split import Split
 from gramian.compress.density import check_density, keep_highest, sizes_of, start_from
 from gramian.compress.draws import error_reader
 from gramian.compress.layers import maskable
@@ -19,6 +19,7 @@ from gramian.compress.scores import grasp, iterative_magnitude, magnitude, rando
 from gramian.compress.structures import Patterns, Rows, Weights
 from gramian.compress.thresholds import most_probable
 from gramian.errors import InputError
+from gramian.tasks.evidence import Evidence
 from gramian.tasks.pruning_result import Guarantee, Layer, Pruned
 from gramian.tasks.self_bounded import Bounding, drawn_errors, guarantee, learn_posterior
 
@@ -52,6 +53,8 @@ class Plan:
     """λ at the start where the mask keeps."""
     low: float = 0.1
     """λ at the start where it does not."""
+    first_density: float | None = 1.0
+    """Mean λ allowed at first, which falls to the density over half of the steps; the density when None."""
     learning: Learning = field(default_factory=lambda: Learning(learn="both"))
     """Probabilistic fine-tuning, relaxed for patterns; no step leaves the start as it is."""
     batch: int = 128
@@ -78,6 +81,8 @@ class Plan:
             raise InputError(f"unknown start {self.start!r}; choose one of {', '.join(get_args(Start))}")
         if not 0 < self.low <= self.high < 1:
             raise InputError(f"λ has to start at 0 < low ≤ high < 1, got {self.low:g} and {self.high:g}")
+        if self.first_density is not None and not self.density <= self.first_density <= 1:
+            raise InputError(f"first_density goes from the density to 1, got {self.first_density:g}")
         if self.batch < 1:
             raise InputError(f"a batch needs at least one example, got {self.batch}")
         self.learning.check()
@@ -95,56 +100,6 @@ class Plan:
     def gaussian(self) -> bool:
         """Whether the posterior moves weights, which have to be Gaussian then."""
         return self.bounding is not None and self.bounding.learning.learn != "masks"
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """Examples, and what each may be used for."""
-
-    x: Tensor
-    """All inputs, in which the indices below count."""
-    y: Tensor
-    """Their classes."""
-    prior: Tensor
-    """Examples that may make the prior, and the pruned network."""
-    held_out: Tensor
-    """Examples that nothing is made from and all errors are reported on."""
-    split: Split | None = None
-    """Prior and bound set, where something is to be certified."""
-    seen: Seen | None = None
-    """Examples that the network was trained on, if others than `prior`."""
-
-    def check(self, certify: bool) -> None:
-        """Raise InputError for classes or indices that cannot be used, and a cheating split."""
-        if self.y.dtype != torch.int64 or self.y.ndim != 1 or len(self.x) != len(self.y):
-            raise InputError("every input needs one class, a whole number (int64)")
-        if not len(self.held_out):
-            raise InputError("held-out examples are needed to say what pruning costs")
-        used = self.made_from if self.split is None else torch.cat((self.made_from, self.split.bound))
-        everything = torch.cat((used, self.held_out))
-        if everything.min() < 0 or everything.max() >= len(self.y):
-            raise InputError(f"examples are named by numbers from 0 to {len(self.y) - 1}")
-        if torch.isin(self.held_out, used).any():
-            raise InputError("the held-out examples must not be among those that are learnt from")
-        if not certify:
-            return
-        if self.split is None:
-            raise InputError("a certificate needs a prior and a bound set (bayes.split.random_split)")
-        self.split.check(self.prior)
-        if self.seen is not None:
-            self.split.check(self.seen)
-
-    @property
-    def made_from(self) -> Tensor:
-        """Everything that the prior comes from."""
-        if self.seen is None or isinstance(self.seen, str):
-            return self.prior
-        return torch.cat((self.prior, torch.as_tensor(self.seen).long())).unique()
-
-    @property
-    def judged(self) -> tuple[Tensor, Tensor]:
-        """Held-out inputs and their classes."""
-        return self.x[self.held_out], self.y[self.held_out]
 
 
 def prune(
@@ -184,13 +139,15 @@ def prune(
     baseline = held_out_error(model, evidence)
     start_from(model, units, plan.high, plan.low)
     history: list[Moment] = []
+    moved = plan.learning.learn != "weights"
     if plan.learning.steps and len(evidence.prior):
         history = learn(
             model,
             sample,
             cross_entropy,
             _suited(plan.learning, plan),
-            density=None if plan.learning.learn == "weights" else plan.density,
+            density=plan.density if moved else None,
+            first_density=plan.first_density if moved else None,
             generator=generator,
             advanced=lambda step: watch("learning the masks", step, plan.learning.steps),
             stopped=stopped,
@@ -301,7 +258,8 @@ def scores(model: nn.Module, evidence: Evidence, plan: Plan, generator: torch.Ge
 
         kept = iterative_magnitude(model, train, plan.density)
         return {name: unit.float() for name, unit in kept.items()}
-    chosen = evidence.prior[torch.randperm(len(evidence.prior), generator=generator)[:SCORED]]
+    order = torch.randperm(len(evidence.prior), generator=generator, device=generator.device)
+    chosen = evidence.prior[order[:SCORED].to(evidence.prior.device)]
     parts = [(evidence.x[part], evidence.y[part]) for part in chosen.split(plan.batch)]
     return (snip if plan.start == "snip" else grasp)(model, parts, cross_entropy)
 

@@ -59,6 +59,11 @@ class Losses:
         """Mean clipped loss."""
         return self.clipped.double().mean().item()
 
+    def minus(self, other: "Losses") -> tuple[float, float]:
+        """Return the mean difference of clipped losses on the same windows, and its standard error."""
+        difference = self.clipped.double() - other.clipped.double()
+        return difference.mean().item(), difference.std().item() / len(difference) ** 0.5
+
 
 def window_losses(model: nn.Module, planes: Planes, p_min: float, batch: int) -> Losses:
     """Return what each window costs under the mask that a model has now."""

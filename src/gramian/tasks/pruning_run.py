@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from gramian.bayes.bounds import finite_union
 from gramian.errors import InputError, StoppedError
 from gramian.files import atomic_file, write_json
-from gramian.tasks.certificate_study import split_evidence
+from gramian.tasks.evidence import Evidence, split_evidence
 from gramian.tasks.language import run_folder
-from gramian.tasks.pruning import Evidence, Plan, check, held_out_error, prune
+from gramian.tasks.pruning import Plan, check, held_out_error, prune
 from gramian.tasks.pruning_data import Data, Examples, standardised, standardiser
 from gramian.tasks.pruning_files import write_pruned
 from gramian.tasks.pruning_networks import Network, build, train_dense

@@ -19,7 +19,8 @@ from gramian.compress.masks import add_masks, keep, masks_of
 from gramian.compress.thresholds import most_probable
 from gramian.errors import InputError
 from gramian.files import write_json
-from gramian.tasks.pruning import DRAWS, Evidence, Plan, Start, batches, held_out_error, scores
+from gramian.tasks.evidence import Evidence
+from gramian.tasks.pruning import DRAWS, Plan, Start, batches, held_out_error, scores
 from gramian.tasks.pruning_data import Data, standardised
 from gramian.tasks.pruning_networks import Network, build, train_dense
 from gramian.tasks.self_bounded import drawn_errors
