@@ -333,6 +333,8 @@ def test_certificates_follow_from_their_terms(found, config, sets) -> None:
             assert each.loss == "clipped next-token loss"
             assert each.confidence == pytest.approx(1 - settings.delta - settings.delta_sampling)
         assert one.prior.kl == 0 < one.posterior.kl < 5
+        same = one.posterior.empirical_risk - one.prior.empirical_risk
+        assert abs(same) < 0.1 * (one.prior.variance / settings.draws) ** 0.5  # by the same random numbers
         bound = float(chernoff_bound(one.fixed.empirical_risk, n, settings.delta * paid))
         assert one.fixed.value == pytest.approx(bound)
         assert one.bounds == {name: pytest.approx(one.bounds[name]) for name in BOUNDS}

@@ -274,7 +274,10 @@ def _certificates(found: Sequence[Certified]) -> list[Finding]:
                     Finding(f"{at}: certificate without data in the prior", *value, 0.9, below=True)
                 )
             gain = paired([each.prior for each in group], [each.certificate for each in group])
-            findings.append(Finding(f"{at}: certificate gained on the prior's own", *gain, 0.0, below=False))
+            least = -0.01 if fraction else 0.1  # a good prior leaves nothing to gain, and little may be lost
+            findings.append(
+                Finding(f"{at}: certificate gained on the prior's own", *gain, least, below=False)
+            )
     return findings
 
 

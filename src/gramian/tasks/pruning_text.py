@@ -272,12 +272,14 @@ class Job:
         """Certify the law that a masked model has now, that of its prior, and the prior's fixed mask.
 
         Every draw is a window of the bound set drawn at random, with a mask of its own: the losses are
-        independent, alike in law, and have the mean r̂, so that the bounds by draws hold for as many.
+        independent, alike in law, and have the mean r̂, so that the bounds by draws hold for as many. Prior
+        and posterior are scored with the same random numbers, so that they differ by their laws alone.
         """
-        sets, posterior = self.sets, law_of(model)
+        sets, posterior, stream = self.sets, law_of(model), generator.get_state()
         shared = {"delta": settings.delta, "union": settings.union, "loss": LOSS}
 
         def drawn() -> SampledRisk:
+            generator.set_state(stream)
             chosen = torch.randint(
                 len(sets.bound), (settings.draws,), generator=generator, device=generator.device
             )
