@@ -75,7 +75,7 @@ def prune(
         train_steps: steps that the network is trained before; none leaves it at random.
         posterior: what the certificate's posterior moves: masks, or Gaussian weights, or both; masks when
             not given.
-        posterior_steps: steps on the bound; 500, of a decoder 30 when not given.
+        posterior_steps: steps on the bound; 500, of a decoder 20 when not given.
         bound: kl, quadratic, classic, lambda or catoni.
         delta: probability that the bound set misleads.
         delta_sampling: probability that the draws mislead.
