@@ -230,7 +230,7 @@ class Case:
         mine, other = self.ours(draws), self.looped(looped)
         error = math.sqrt(mine.variance * (1 / mine.draws + 1 / other.draws))
         ours, loop = (1000 * statistics.median(a_draw[way]) for way in ("ours", "loop"))
-        times, apart = ratio(a_draw, "loop", "ours"), (mine.mean - other.mean) / error
+        times, apart = ratio(a_draw, "loop", "ours"), (mine.mean - other.mean) / max(error, 1e-12)
         return (
             f"| {'-'.join(map(str, self.sizes))} | {self.examples} | {self.posterior.name} | {few} "
             f"| {ours:.3f} | {loop:.3f} | {times:.1f} | {apart:+.1f} |"
