@@ -86,7 +86,7 @@ class Result:
 
 
 def quick() -> Config:
-    """Return settings of half an hour on one core, on scikit-learn's digits."""
+    """Return settings of a quarter of an hour on one quiet core, on scikit-learn's digits."""
     learning = Learning(steps=600)
     return Config(
         tuning=PruningStudy(learning=learning),
