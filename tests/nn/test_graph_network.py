@@ -264,7 +264,7 @@ TYPES = torch.tensor([0, 1])
         (lambda: plain()(TYPES, alone(), edges((0, 1)), TYPES[:1]), "to a network that encodes them"),
         (
             lambda: plain(edges=TypeEncoder([3], 6))(TYPES, alone()),
-            "edges and their features are given together",
+            "features of edges are given with the edges",
         ),
         (
             lambda: plain(edges=TypeEncoder([3], 6))(TYPES, alone(), edges((0, 1)), TYPES),

@@ -156,16 +156,19 @@ class GraphNetwork(nn.Module):
         h = self.nodes(x)
         if h.shape[0] != shells.nodes:
             raise InputError(f"the shells are those of {shells.nodes} nodes, got features of {h.shape[0]}")
-        if (self.edges is None) != (edge_features is None) or (edge_index is None) != (edge_features is None):
-            raise InputError("edges and their features are given together, to a network that encodes them")
+        if (self.edges is None) != (edge_features is None) or (
+            edge_features is not None and edge_index is None
+        ):
+            raise InputError("features of edges are given with the edges, to a network that encodes them")
         if self.edges is not None:
-            h = h + _incoming_mean(self.edges(edge_features), edge_index, h.shape[0]).to(h.dtype)
+            h = h + incoming_mean(self.edges(edge_features), edge_index, h.shape[0]).to(h.dtype)
         shells = shells if _transformed() else shells.fastest(h.dtype)
         for layer in self.layers:
             h = layer(h, shells)
-        return self.head(self._pooled(h, shells))
+        return self.head(self.pooled(h, shells))
 
-    def _pooled(self, h: Tensor, shells: Shells) -> Tensor:
+    def pooled(self, h: Tensor, shells: Shells) -> Tensor:
+        """Read the nodes out: (nodes, width) -> (graphs, width), or as they are."""
         if self.readout == "nodes":
             return h
         total = h.new_zeros(len(shells.sizes), h.shape[1]).index_add(0, shells.graph, h)
@@ -174,8 +177,15 @@ class GraphNetwork(nn.Module):
         return total / total.new_zeros(len(total)).index_add(0, shells.graph, h.new_ones(len(h)))[:, None]
 
 
-def _incoming_mean(features: Tensor, edges: Any, nodes: int) -> Tensor:
-    """Return the mean of edge features over the edges into every node, zero where there is none."""
+def incoming_mean(features: Tensor, edges: Any, nodes: int) -> Tensor:
+    """Return the mean of edge features over the edges into every node, zero where there is none.
+
+        m_v = mean_{(u,v), u ≠ v} f_{uv}
+
+    Shapes: (edges, width), edges (2, edges) -> (nodes, width).
+    Raises: InputError for edges of another number or shape, or to nodes that are not there.
+    Holds: exactly.
+    """
     check_edges(edges, nodes)
     if edges.shape[1] != len(features):
         raise InputError(

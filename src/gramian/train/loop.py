@@ -129,6 +129,9 @@ class Trainer:
         run: where readings and checkpoints go.
         tokens: what one step trains on, for the throughput.
         resume: whether to go on from the newest checkpoint.
+        unit: what `tokens` counts, in words.
+        groups: (model, weight decay) -> the optimiser's groups; matrices decayed and vectors not, when None.
+        enough: whether training has ended before its last step, asked after every evaluation.
     """
 
     def __init__(
@@ -143,6 +146,9 @@ class Trainer:
         *,
         tokens: int,
         resume: bool = False,
+        unit: str = "tokens",
+        groups: Callable[[nn.Module, float], optimisers.Groups] = optimisers.parameter_groups,
+        enough: Callable[[], bool] = lambda: False,
     ) -> None:
         settings.check()
         self.model, self.settings, self.run, self.probe = model, settings, run, probe
@@ -152,7 +158,8 @@ class Trainer:
             log_with="tensorboard" if settings.tensorboard else None,
             project_dir=run.folder,
         )
-        optimiser = optimisers.build_optimiser(settings.optimiser, model, settings.rates)
+        self.unit, self._enough, self._ended = unit, enough, False
+        optimiser = optimisers.build_optimiser(settings.optimiser, model, settings.rates, groups)
         self._forward, self._optimiser = self._accelerator.prepare(model, optimiser)
         self._compiled: Any = torch.compile(self._forward) if settings.compile else self._forward
         self._record, self._rows = run.record, 0
@@ -172,8 +179,8 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step has been taken."""
-        return self.step >= self.settings.steps
+        """Whether the last step has been taken, or enough of them."""
+        return self.step >= self.settings.steps or self._ended
 
     @property
     def device(self) -> torch.device:
@@ -196,6 +203,8 @@ class Trainer:
         self.model.train()
         self._group_start, self._group_observed = time.perf_counter(), False
         for _ in range(min(steps, self.settings.steps - self.step)):
+            if self._ended:
+                break
             self._take_step()
             self._record_trajectory()
             due = {
@@ -211,7 +220,7 @@ class Trainer:
             self._flush()
             if due["evaluate"]:
                 self._write_evaluation()
-            if due["checkpoint"]:
+            if due["checkpoint"] or self._ended:
                 self.save()
             self._group_start = time.perf_counter()
         self._flush()
@@ -244,6 +253,7 @@ class Trainer:
         self._record.keep_first(self._rows)
         for row in self._record.read():
             self._remember(row)
+        self._ended = self._enough()
 
     def _start_trajectory(self) -> TrajectoryRecorder | None:
         """Begin the trajectory, or go on with it: later points of a run that was cut off are dropped."""
@@ -351,6 +361,7 @@ class Trainer:
             numbers = self._evaluate(self._forward)
         self.model.train()
         self._write({"kind": "evaluate", "step": self.step, "seconds": self.seconds, **numbers})
+        self._ended = self.step > 0 and self._enough()
 
     def _write(self, row: dict[str, Any]) -> None:
         self._remember(row)

@@ -137,12 +137,18 @@ def check(name: str, settings: Settings) -> None:
         raise InputError(f"muon needs torch 2.9 or newer, this is {torch.__version__}")
 
 
-def build_optimiser(name: str, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+def build_optimiser(
+    name: str,
+    model: nn.Module,
+    settings: Settings,
+    groups_of: Callable[[nn.Module, float], Groups] = parameter_groups,
+) -> torch.optim.Optimizer:
     """Return the optimiser of a name over a model's trainable parameters.
 
     adamw, adafactor and sgd train everything. soap, shampoo and muon train the `hidden_matrices`, and AdamW
-    the rest: embeddings, heads, gains, biases and norms. Only matrices and embeddings are decayed. A group's
-    learning rate at a step is its `initial_lr` times the schedule.
+    the rest: embeddings, heads, gains, biases and norms. Only matrices and embeddings are decayed, unless
+    other `groups_of` (model, weight decay) are given. A group's learning rate at a step is its `initial_lr`
+    times the schedule.
 
     Raises: InputError and MissingExtraError as `check`, and when there is nothing to train.
     Source: AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. Adafactor: Shazeer & Stern 2018, arXiv
@@ -152,7 +158,7 @@ def build_optimiser(name: str, model: nn.Module, settings: Settings) -> torch.op
         decay as a term of the gradient.
     """
     check(name, settings)
-    groups = parameter_groups(model, settings.weight_decay)
+    groups = groups_of(model, settings.weight_decay)
     if name in BESIDE:
         hidden = hidden_matrices(model)
         if not hidden:

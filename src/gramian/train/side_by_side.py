@@ -24,7 +24,7 @@ def train_side_by_side(trainers: Mapping[str, Trainer], console: Console) -> Non
         TextColumn("{task.description:>20}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s  left"),
+        TextColumn("loss {task.fields[loss]}  {task.fields[rate]}  left"),
         TimeRemainingColumn(),
     )
     with stop_requests() as requested, Progress(*columns, console=console, speed_estimate_period=300) as bar:
@@ -48,9 +48,7 @@ def train_side_by_side(trainers: Mapping[str, Trainer], console: Console) -> Non
                 bar.update(tasks[name], completed=trainer.step, **shown)
                 tenth = trainer.settings.steps / 10
                 if not console.is_terminal and before // tenth < trainer.step // tenth:  # no live bar there
-                    console.print(
-                        "{}: step {}, loss {loss}, {rate} tokens/s".format(name, trainer.step, **shown)
-                    )
+                    console.print("{}: step {}, loss {loss}, {rate}".format(name, trainer.step, **shown))
 
 
 def _save(trainers: Iterable[Trainer]) -> None:
@@ -61,4 +59,5 @@ def _save(trainers: Iterable[Trainer]) -> None:
 def _shown(trainer: Trainer) -> dict[str, Any]:
     """Return a trainer's latest training loss and its throughput in words."""
     loss = trainer.latest.get("loss")
-    return {"loss": "…" if loss is None else f"{loss:.3f}", "rate": f"{trainer.tokens_per_second:,.0f}"}
+    rate = f"{trainer.tokens_per_second:,.0f} {trainer.unit}/s"
+    return {"loss": "…" if loss is None else f"{loss:.3f}", "rate": rate}

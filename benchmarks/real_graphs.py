@@ -1,0 +1,62 @@
+"""Networks on graphs of real data: filtered by distance beside standard layers, in one loop, of equal size.
+
+    python benchmarks/real_graphs.py THEME --data FILE --parameters 100000 --seeds 0 1 2 ...
+
+Takes the options of `gramian graphs`; all five networks are trained unless some are named. Every network has
+the same number of layers, at most the same number of parameters, the same epochs and the same learning rates
+on trial, of which each keeps the one that is best on the validation part with the first seed. What a stopped
+run has done is not done again. The table is written as results of the theme.
+"""
+
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from side_by_side import write_results
+
+from gramian.tasks.graph_models import GRED, MODELS
+from gramian.tasks.graph_scores import LOWER
+from gramian.tasks.graphs import Comparison, GraphsConfig, spread, train_graphs
+
+DEFAULT = GraphsConfig(compare=tuple(name for name in MODELS if name != GRED))
+
+
+def lines(found: Comparison, config: GraphsConfig) -> list[str]:
+    architecture, schedule = config.architecture, config.schedule
+    side = "less" if found.metric in LOWER else "more"
+    rates = ", ".join(f"{rate:g}" for rate in schedule.learning_rates)
+    rows = [
+        found.graphs.text() + ".",
+        f"{len(found.split.train):,} graphs to learn from, {len(found.split.validation):,} to choose by, "
+        f"{len(found.split.test):,} to report on. {architecture.layers} layers, filters look {found.hops} hops "
+        f"far, {schedule.epochs} epochs, batches of {schedule.batch}, rates on trial {rates}, decay "
+        f"{schedule.weight_decay:g}, dropout {architecture.dropout:g}, read-out {architecture.readout}, "
+        f"positions {architecture.encoding}. Mean ± standard deviation over {len(config.seeds)} seeds; {side} "
+        f"{found.metric} is better; the best constant has {found.constant:.4f}.",
+        "",
+        f"| network | parameters | rate | test {found.metric} | validation | best epoch | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model, outcomes in found.outcomes.items():
+        if not outcomes:
+            rows.append(f"| {model} | diverged |")
+            continue
+        test, validation = spread([o.test for o in outcomes]), spread([o.validation for o in outcomes])
+        epoch, seconds = spread([o.epoch for o in outcomes])[0], spread([o.seconds for o in outcomes])[0]
+        rows.append(
+            f"| {model} | {outcomes[0].parameters:,} | {outcomes[0].learning_rate:g} | {test[0]:.4f} ± "
+            f"{test[1]:.4f} | {validation[0]:.4f} ± {validation[1]:.4f} | {epoch:.0f} | {seconds:.0f} |"
+        )
+    return rows
+
+
+def main(
+    theme: Annotated[str, tyro.conf.Positional], config: tyro.conf.OmitArgPrefixes[GraphsConfig] = DEFAULT
+) -> None:
+    found = train_graphs(config, resume=True, console=Console())
+    packages = {name: __import__(name).__version__ for name in ("torch_geometric",)}
+    write_results(theme, lines(found, config), packages)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes))
