@@ -25,6 +25,7 @@ def programs(page: str, heading: str) -> list[str]:
         ("pac_pruning.md", "## From Python"),
         ("frameworks.md", "## scikit-learn"),
         ("frameworks.md", "## The trajectory of a training"),
+        ("frameworks.md", "## PyTorch Geometric"),
     ],
 )
 def test_programs_run(page: str, heading: str, tmp_path: Path) -> None:

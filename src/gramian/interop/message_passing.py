@@ -117,7 +117,11 @@ class MessagePassingNetwork(GraphNetwork):
     """
 
     def forward(
-        self, x: Tensor, shells: Shells, edge_index: Tensor | None = None, edge_features: Tensor | None = None
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        shells: Shells,
+        edge_index: Tensor | None = None,
+        edge_features: Tensor | None = None,
     ) -> Tensor:
         """Describe every graph, or every node."""
         if edge_index is None or (self.edges is None) != (edge_features is None):
