@@ -229,6 +229,14 @@ def test_sentences():
     assert vacuous.value == 1
 
 
+def test_the_flag_and_the_words_of_a_certificate_agree():
+    made = certify(a_split(100), [], 0.1, 1.0)
+    for value in (0.5, 0.9998, 0.9999, 0.99991, 0.999999, 1.0):
+        one = replace(made, value=value)
+        written = "at most 100 %" in one.sentence or "is 100 %" in one.sentence
+        assert one.vacuous == written == one.sentence.startswith("Nothing is certified") == (value > 0.9999)
+
+
 def test_random_split():
     split = random_split(100, 0.6, 7)
     assert (len(split.prior), split.n, split.seed) == (60, 40, 7)

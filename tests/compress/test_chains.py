@@ -86,8 +86,10 @@ def test_where_sums_over_few_weights_are_not_taken():
         ready(masked(Weights(), low=0.4), inputs()),
     ]
     for chain in dense:
-        assert not any(layer.is_sparse for layer in chain.layers.values())
-        assert chain.common == [None] * len(chain.blocks)
+        assert not any(layer.is_sparse or layer.has_common for layer in chain.layers.values())
+        assert {len(block) for block in chain.blocks} == {16}
+    few_blocks = ready(few, inputs()).blocks
+    assert {len(block) for block in few_blocks} == {16 + 24}  # what is in common is below the inputs
     assert all(layer.is_sparse for layer in ready(few, inputs()).layers.values())
     for count in (chains.SPARSE_EXAMPLES, EXAMPLES):  # both ways give the same
         x = inputs(count)
@@ -116,8 +118,11 @@ def test_products_with_lists_of_entries():
     kept = torch.rand(5, 3, 4, generator=seeded(2)) < 0.4
     kept[1], kept[2, 1], kept[4, 2] = False, False, True  # an empty matrix, an empty and a full row
     shared, own = torch.randn(4, 7, generator=seeded(3)), torch.randn(5, 4, 7, generator=seeded(4))
-    for columns, is_shared in ((shared, True), (own, False)):
-        product = sparse(kept, weight, shared=is_shared) @ columns
+    places = torch.tensor([0, 1, 2, 3]).expand(3, 4)
+    for columns, rows in ((shared, 0), (own, 4)):
+        product = sparse(kept, weight, places, rows) @ columns
         torch.testing.assert_close(product, (kept * weight) @ columns, rtol=1e-6, atol=1e-6)
-    assert not sparse(kept[1:2], weight, shared=True).values.numel()
-    torch.testing.assert_close(sparse(kept[1:2], weight, shared=True) @ shared, torch.zeros(1, 3, 7))
+    moved = sparse(kept, weight, places.flip(1)) @ shared
+    torch.testing.assert_close(moved, (kept * weight) @ shared.flip(0), rtol=1e-6, atol=1e-6)
+    assert not sparse(kept[1:2], weight, places).values.numel()
+    torch.testing.assert_close(sparse(kept[1:2], weight, places) @ shared, torch.zeros(1, 3, 7))

@@ -66,16 +66,22 @@ def test_many_draws_at_once_have_the_same_probabilities(structure):
 
 def test_rare_and_nearly_certain_weights_have_their_chances(monkeypatch):
     chance = torch.tensor([0, 2**-32, 3e-7, 0.001, 0.5, 0.7123, 1 - 2e-8, 1], dtype=torch.float64)
-    logits = chance.logit()
-    draw = Weights().sampler(logits)
-    exact = chance * 2**32
-    for value in exact.round().long().clamp(max=2**32 - 1).tolist():  # u just below and above each λ
-        for number in range(max(0, value - 1), min(2**32, value + 2)):
-            whole = torch.tensor(number - 2**31, dtype=torch.int32)
-            monkeypatch.setattr(structures, "_whole_numbers", lambda *args, u=whole: u.expand(1, 8))
-            kept, expected = draw(1, None)[0], number < exact.floor().clamp(max=2**32 - 1)
-            assert kept[chance < 1].tolist() == expected[chance < 1].tolist()
+    draw = Weights().sampler(chance.logit())
+    found = 0.0
+    for byte in range(256):  # every first byte, with v just below and above what it takes
+        drawn = torch.full((8,), byte, dtype=torch.uint8)
+        monkeypatch.setattr(structures, "_bytes", lambda *args, drawn=drawn: drawn)
+        rest = 256 * chance - byte
+        for v, sure in ((rest - 1e-9, True), (rest + 1e-9, False)):
+            tied = ((256 * chance).floor().clamp(max=255) == byte).nonzero()[:, 0]
+            monkeypatch.setattr(torch, "rand", lambda count, v=v, tied=tied, **options: v[tied])
+            kept = draw(1, None)[0]
+            assert kept[tied].all() if sure else not kept[tied].any()
+            others = torch.ones(8, dtype=torch.bool).index_fill(0, tied, False)
+            assert torch.equal(kept[others], (rest > 0)[others])
+        found = found + rest.clamp(0, 1) / 256
     monkeypatch.undo()
+    torch.testing.assert_close(found, chance, rtol=1e-12, atol=1e-15)  # of all bytes and v together
     assert draw(100_000, torch.Generator().manual_seed(0))[:, -1].all()
     count = 4_000_000
     found = draw(count, torch.Generator().manual_seed(0)).double().mean(0)
@@ -83,15 +89,14 @@ def test_rare_and_nearly_certain_weights_have_their_chances(monkeypatch):
     assert ((found - chance).abs() <= 4.5 * (chance * (1 - chance) / count).sqrt()).all()
 
 
-def test_whole_numbers_are_uniform_in_every_bit():
+def test_bytes_are_uniform_in_every_bit():
     count = 99_999
-    numbers = structures._whole_numbers(
-        (3, count // 3), torch.Generator().manual_seed(0), torch.device("cpu")
-    )
-    bits = (numbers.flatten()[:, None].long() >> torch.arange(32)) & 1
+    numbers = structures._bytes(count, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert numbers.shape == (count,)
+    bits = (numbers[:, None].long() >> torch.arange(8)) & 1
     signs = 2 * bits.double() - 1
     assert signs.mean(0).abs().max() < 4.5 / count**0.5
-    for shift in (0, 1, 2):  # bits of one number, of the two in a draw, of two draws
+    for shift in range(9):  # bits of one byte, of those in a word, of two words
         together = signs[: count - shift].T @ signs[shift:] / count
         together = together.fill_diagonal_(0) if shift == 0 else together
         assert together.abs().max() < 5 / count**0.5

@@ -14,7 +14,7 @@ from gramian.compress.learning import Learning
 from gramian.compress.masks import export_state, masks_of, originals_of, remove_masks
 from gramian.errors import InputError
 from gramian.tasks import pruning
-from gramian.tasks.evidence import Evidence
+from gramian.tasks.evidence import Evidence, batch_of
 from gramian.tasks.pruning import Plan, Start, batches, prune
 from gramian.tasks.pruning_data import Data, standardised
 from gramian.tasks.pruning_networks import Network, build, train_dense
@@ -327,6 +327,9 @@ def test_batches_are_made_from_seed_and_step() -> None:
     assert seen[:2] != seen[2:]
     assert len(batches(x, y, PRIOR[:3], 50, seed=1)(0)[1]) == 3
     assert not torch.equal(batches(x, y, PRIOR, 50, seed=2)(0)[0], sample(0)[0])
+    assert torch.equal(sample(5)[1], y[PRIOR[batch_of(len(PRIOR), 50, 1, 5)]])
+    firsts = {tuple(batch_of(100, 50, seed, step).tolist()) for seed in range(5) for step in range(10)}
+    assert len(firsts) == 50  # seeds and epochs have orders of their own
 
 
 NONE = torch.arange(0)

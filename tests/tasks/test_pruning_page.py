@@ -255,6 +255,24 @@ def test_vacuous_certificates_say_why() -> None:
     assert "The certificate is vacuous" in almost
 
 
+def test_losses_on_the_same_windows_are_compared_in_pairs() -> None:
+    known = {
+        "fixed_minus_dense": 0.00312,
+        "fixed_minus_dense_standard_error": 0.0004,
+        "fixed_minus_start": -0.02,
+        "fixed_minus_start_standard_error": 0.001,
+    }
+    text = said(pruned(export={"clipped_loss": known}))
+    assert (
+        "Compared window by window, which chance blurs less, the 0-1 error of the fixed network differs by "
+        "+0.31 points against the dense network (up to 0.08 can be chance) and by −2.0 points against the "
+        "starting mask (up to 0.2 can be chance)."
+    ) in text
+    one = {**known, "fixed_minus_start_standard_error": math.nan}  # a single window
+    assert "starting mask (up to" not in said(pruned(export={"clipped_loss": one}))
+    assert "window by window" not in said(pruned())
+
+
 def test_of_several_certificates_that_of_the_pruned_network_is_quoted() -> None:
     many = (
         pruned(0.5, 0.021, guarantee=guarantee(0.021, 5.0)),

@@ -20,7 +20,7 @@ from sklearn.datasets import load_iris
 from gramian.bayes.split import fingerprint
 from gramian.compress.learning import Learning
 from gramian.errors import DivergedError, InputError, StoppedError
-from gramian.tasks import pruning_run
+from gramian.tasks import pruning, pruning_run
 from gramian.tasks.pruning import Plan, held_out_error
 from gramian.tasks.pruning_data import Data, Examples
 from gramian.tasks.pruning_files import load_pruned, load_scaling
@@ -181,6 +181,63 @@ def test_a_signal_stops_at_the_next_step(config: PruneConfig, monkeypatch) -> No
     monkeypatch.setattr(pruning_run, "prune", interrupted)
     with pytest.raises(StoppedError, match="stopped by SIGINT; 0 of 2 densities are saved"):
         run(config)
+    assert {path.name for path in config.folder.iterdir()} == {"settings.json", DENSE}
+
+
+def interrupting(after: int) -> Callable[[], Any]:
+    """Signals that ask to stop at a question of that number, and from then on."""
+    asked: list[None] = []
+
+    def requested() -> str | None:
+        asked.append(None)
+        return "SIGINT" if len(asked) > after else None
+
+    @contextmanager
+    def requests() -> Iterator[Callable[[], str | None]]:
+        yield requested
+
+    return requests
+
+
+def test_a_signal_stops_the_dense_training(config: PruneConfig, monkeypatch) -> None:
+    """Of a network that is not trained to the end nothing is kept, and the run goes on from the start."""
+    steps: list[int] = []
+    train = pruning_run.train_dense
+
+    def counted(*args: Any, **options: Any) -> list[float]:
+        losses = train(*args, **options)
+        steps.append(len(losses))
+        return losses
+
+    monkeypatch.setattr(pruning_run, "train_dense", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning_run, "stop_requests", interrupting(10))
+        with pytest.raises(StoppedError, match="stopped by SIGINT; 0 of 2 densities are saved"):
+            run(config)
+    assert {path.name for path in config.folder.iterdir()} == {"settings.json"}
+    resumed = run(config, resume=True)
+    assert steps == [10, 60]
+    assert resumed.dense == run(replace(config, name="whole")).dense
+
+
+def test_a_signal_stops_iterative_magnitude_pruning(config: PruneConfig, monkeypatch) -> None:
+    plan = replace(config.plan, start="iterative_magnitude", learning=replace(SHORT, learn="both", steps=40))
+    config, done = replace(config, densities=(0.5,), plan=plan), []
+    learn = pruning.learn
+
+    def counted(*args: Any, **options: Any) -> Any:
+        return learn(*args, **{**options, "advanced": done.append})
+
+    monkeypatch.setattr(pruning, "learn", counted)
+    run(replace(config, dense=replace(config.dense, train_steps=0), name="whole"))
+    whole = len(done)
+    assert whole == 40 * 5  # four rounds, then the masks
+    done.clear()
+    config = replace(config, dense=replace(config.dense, train_steps=0))
+    monkeypatch.setattr(pruning_run, "stop_requests", interrupting(50))
+    with pytest.raises(StoppedError, match="stopped by SIGINT; 0 of 1 densities are saved"):
+        run(config)
+    assert len(done) == 49  # one question came before
     assert {path.name for path in config.folder.iterdir()} == {"settings.json", DENSE}
 
 

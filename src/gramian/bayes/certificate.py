@@ -87,8 +87,8 @@ class Certificate:
 
     @property
     def vacuous(self) -> bool:
-        """Whether the value says nothing."""
-        return self.value >= 1
+        """Whether the value says nothing: it is 100 % as it is written, rounded up to a hundredth of one."""
+        return hundredths(self.value) >= 10_000
 
     @property
     def sentence(self) -> str:
@@ -272,6 +272,11 @@ def _confidences(delta: float, delta_sampling: float, union: float) -> None:
         raise InputError(f"the cost of a union has to be a finite number of nats of at least 0, not {union}")
 
 
+def hundredths(share: float, rounding: Callable[[float], int] = math.ceil) -> int:
+    """Return a share in hundredths of a percent, rounded to one side: up, as bounds are."""
+    return rounding(share * 1e4)
+
+
 def _percent(share: float, rounding: Callable[[float], int]) -> str:
-    """Write a share in hundredths of a percent, rounded to one side."""
-    return f"{rounding(share * 1e4) / 100:g} %"
+    """Write a share in percent, rounded to one side."""
+    return f"{hundredths(share, rounding) / 100:g} %"

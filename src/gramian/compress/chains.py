@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -100,32 +100,40 @@ class Sparse:
         return summed.view(self.count, -1, columns.shape[-1])
 
 
-def sparse(kept: Tensor, weight: Float[Tensor, "outputs inputs"], *, shared: bool) -> Sparse:
-    """Return the entries of a weight that masks keep, for one factor that is `shared` or one a mask.
+def sparse(
+    kept: Bool[Tensor, "draws outputs entries"],
+    values: Float[Tensor, "outputs entries"],
+    places: Int[Tensor, "outputs entries"],
+    rows: int = 0,
+) -> Sparse:
+    """Return the entries that masks keep, each with its value and the row of the other factor that it meets.
 
-    Shapes: kept (draws, outputs, inputs).
+    With `rows`, every mask has a factor of its own, of that many rows; else all share one.
+
     Holds: exactly.
     """
-    inputs = weight.shape[1]
-    entries = kept.flatten().nonzero()[:, 0]
-    starts = torch.searchsorted(entries, torch.arange(0, kept.numel() + 1, inputs, device=kept.device))
-    places = entries % inputs
-    if not shared:
-        places += entries // weight.numel() * inputs
-    return Sparse(places, starts, weight.flatten()[entries % weight.numel()], len(kept))
+    found = kept.flatten().nonzero()[:, 0]
+    starts = torch.searchsorted(found, torch.arange(0, kept.numel() + 1, kept.shape[2], device=kept.device))
+    entry = found % values.numel()
+    at = places.flatten().index_select(0, entry)
+    if rows:
+        at += (found // values.numel()).mul_(rows)
+    return Sparse(at, starts, values.flatten().index_select(0, entry), len(kept))
+
+
+Drawn = tuple[Tensor | Sparse, Tensor | None]
+"""Weights of many draws, and what is added to their products."""
 
 
 class Layer:
     """A masked linear layer, with what is computed once for all draws."""
 
-    def __init__(self, mask: StochasticMask, weight: Tensor, examples: int, *, first: bool) -> None:
-        self.mask, self.weight, self.first = mask, weight, first
+    def __init__(
+        self, mask: StochasticMask, weight: Tensor, bias: Tensor | None, examples: int, *, first: bool
+    ) -> None:
+        self.mask, self.weight, self.bias, self.first = mask, weight, bias, first
         self.sampler: Sampler = mask.structure.sampler(mask.logits)
         chance = mask.spread(mask.probabilities, weight).expand(weight.shape)
-        self.best = chance > 0.5
-        """b of a first layer."""
-        self.changes = torch.where(self.best, -weight, weight)
-        """What a first layer's weights gain where m is not b."""
         share = torch.minimum(chance, 1 - chance) if first else chance
         self.is_sparse = (
             weight.device.type == "cpu"
@@ -133,22 +141,31 @@ class Layer:
             and mask.log_std is None
             and examples * share.mean().item() < SPARSE_SHARE * (examples - SPARSE_EXAMPLES)
         )
+        self.has_common = self.is_sparse and first
+        self.values, self.places = weight, torch.arange(weight.shape[1]).expand(weight.shape)
+        if self.has_common:  # which is one more row of the table for each output
+            self.best, one = chance > 0.5, torch.arange(len(weight))[:, None]
+            self.values = torch.cat((torch.where(self.best, -weight, weight), torch.ones_like(one)), 1)
+            self.places = torch.cat((self.places, weight.shape[1] + one), 1)
+            self.most = weight * self.best
 
-    def common(self, columns: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Return what all draws have in common of a sparse first layer's pre-activations, or None."""
-        if not (self.is_sparse and self.first):
-            return None
-        common = (self.weight * self.best) @ columns
-        return common if bias is None else common.add_(bias[:, None])
+    def table(self, columns: Float[Tensor, "inputs n"]) -> Float[Tensor, "rows n"]:
+        """Return the columns, below them what all draws have in common of their pre-activations, if any."""
+        if not self.has_common:
+            return columns
+        common = self.most @ columns
+        return torch.cat((columns, common if self.bias is None else common.add_(self.bias[:, None])))
 
-    def draw(self, count: int, generator: torch.Generator | None) -> Tensor | Sparse:
-        """Return drawn weights; of a sparse first layer only how they differ from b ∘ w."""
+    def draw(self, count: int, generator: torch.Generator | None) -> Drawn:
+        """Return drawn weights and the bias; for a `table` that has it, how they differ from b ∘ w."""
         if not self.is_sparse:
-            return self.mask.draws(self.weight, count, generator, self.sampler)
+            return self.mask.draws(self.weight, count, generator, self.sampler), self.bias
         kept = self.mask.spread(self.sampler(count, generator), self.weight).expand(count, *self.weight.shape)
-        if self.first:
-            return sparse(kept != self.best, self.changes, shared=True)
-        return sparse(kept, self.weight, shared=False)
+        if not self.has_common:
+            return sparse(kept, self.values, self.places, self.weight.shape[1]), self.bias
+        changed = kept.new_ones(count, *self.values.shape)
+        torch.ne(kept, self.best, out=changed[..., :-1])
+        return sparse(changed, self.values, self.places), None
 
 
 class Chain:
@@ -162,16 +179,15 @@ class Chain:
         masks, weights = masks_of(model), originals_of(model)
         first = next(k for k, (name, _) in enumerate(steps) if name in masks)
         before, self.steps = steps[:first], steps[first:]
-        columns = _through(before, {}, x.flatten(1).mT.clone(memory_format=torch.contiguous_format))
         width = BLOCK if x.device.type == "cpu" else len(x)
-        self.blocks = [block.contiguous() for block in columns.split(width, -1)]
         self.layers = {
-            name: Layer(masks[name], weights[name], len(x), first=k == 0)
-            for k, (name, _) in enumerate(self.steps)
+            name: Layer(masks[name], weights[name], module.bias, len(x), first=k == 0)
+            for k, (name, module) in enumerate(self.steps)
             if name in masks
         }
-        name, module = self.steps[0]
-        self.common = [self.layers[name].common(block, module.bias) for block in self.blocks]
+        table = self.layers[self.steps[0][0]].table
+        columns = (part.mT.clone(memory_format=torch.contiguous_format) for part in x.flatten(1).split(width))
+        self.blocks = [table(_through(before, {}, block)) for block in columns]
         sizes = [weights[name].shape for name in self.layers]
         activations = min(width, len(x)) * max(size[0] for size in sizes) + len(x) * sizes[-1][0]
         self.elements = sum(size.numel() for size in sizes) + 2 * activations
@@ -180,11 +196,7 @@ class Chain:
     def outputs(self, count: int, generator: torch.Generator | None) -> Float[Tensor, "draws n classes"]:
         """Return the outputs under fresh draws of the masks."""
         drawn = {name: layer.draw(count, generator) for name, layer in self.layers.items()}
-        found = [
-            _through(self.steps, drawn, block, common)
-            for block, common in zip(self.blocks, self.common, strict=True)
-        ]
-        return torch.cat(found, -1).mT
+        return torch.cat([_through(self.steps, drawn, block) for block in self.blocks], -1).mT
 
 
 def _is_step(name: str, module: nn.Module) -> bool:
@@ -192,23 +204,19 @@ def _is_step(name: str, module: nn.Module) -> bool:
     return type(module) is not nn.Sequential and "parametrizations" not in name.split(".")
 
 
-def _through(
-    steps: Steps, drawn: dict[str, Tensor | Sparse], columns: Tensor, common: Tensor | None = None
-) -> Tensor:
-    """Return what a chain makes of columns; `common` is added to the first product in place of its bias."""
+def _through(steps: Steps, drawn: dict[str, Drawn], columns: Tensor) -> Tensor:
+    """Return what a chain makes of columns, its masked layers as they are drawn."""
     h = columns
-    for k, (name, module) in enumerate(steps):
+    for name, module in steps:
         kind: type = type(module)
         if kind is nn.ReLU and h.ndim == 3:
             h = h.relu_()
         elif kind in ELEMENTWISE:
             h = module(h)
         elif kind is not nn.Flatten:
-            h = _product(drawn[name], h) if name in drawn else module.weight @ h
-            if k == 0 and common is not None:
-                h = h.add_(common)
-            elif module.bias is not None:
-                h = h.add_(module.bias[:, None])
+            weight, bias = drawn[name] if name in drawn else (module.weight, module.bias)  # noqa: SIM401 (slow)
+            h = _product(weight, h)
+            h = h if bias is None else h.add_(bias[:, None])
     return h
 
 

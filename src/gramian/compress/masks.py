@@ -110,7 +110,7 @@ class StochasticMask(nn.Module):
         values = weight
         if self.log_std is not None and self.mode in _DRAWN:
             values = weight + self.log_std.exp() * _drawn(self.weight_noise)
-        return values * self.spread(self.current(), weight)
+        return values * self.spread(self.current(), weight).to(weight.dtype)
 
     def current(self) -> Shaped[Tensor, "..."]:
         """Return the units of the mode as it is now."""
@@ -125,11 +125,9 @@ class StochasticMask(nn.Module):
                 return self.structure.soft(self.logits, _drawn(self.noise), self.temperature)
             case "hard_concrete":
                 return hard_concrete(self.logits, _drawn(self.noise))
-        hard = self.structure.hard(self.logits.detach(), _drawn(self.noise))
-        if self.mode == "sample":
-            return hard
-        chance = self.probabilities
-        return hard + (chance - chance.detach())
+            case "straight_through":
+                return self.structure.straight_through(self.logits, _drawn(self.noise))
+        return self.structure.hard(self.logits.detach(), _drawn(self.noise))
 
     def draw(self, generator: torch.Generator | None) -> None:
         """Draw the noise of one mask, and of Gaussian weights."""
@@ -142,7 +140,7 @@ class StochasticMask(nn.Module):
     ) -> Float[Tensor, "..."]:
         """Return `count` independent draws of the weight, (count, …); a `sampler` saves making it anew."""
         sampler = sampler or self.structure.sampler(self.logits)
-        mask = self.spread(sampler(count, generator), weight)
+        mask = self.spread(sampler(count, generator), weight).to(weight.dtype)
         if self.log_std is None:
             return weight * mask
         normal = weight.new_empty(count, *weight.shape).normal_(generator=generator)

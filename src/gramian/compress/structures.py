@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -65,18 +66,31 @@ class Weights:
         """Return the units that uniform noise keeps."""
         return noise < logits.sigmoid()
 
+    def straight_through(
+        self, logits: Float[Tensor, "..."], noise: Float[Tensor, "..."]
+    ) -> Float[Tensor, "..."]:
+        """Return the hard units of the noise, which are differentiated as if they were λ."""
+        return _StraightThrough.apply(self.probabilities(logits), noise)
+
     def sampler(self, logits: Float[Tensor, "..."]) -> Sampler:
         """Return a function that draws many units at once, of the logits as they are now.
 
-            m_j = 1[u_j < ⌊2³² λ_j⌋],  u_j uniform over whole numbers of 32 bits
+            m_j = 1[256 λ_j > b_j + v_j],  b_j a uniform byte,  v_j uniform over [0, 1)
 
-        Holds: exactly, up to the 2⁻³² of a whole number.
+        v_j matters, and is drawn, only where b_j = ⌊256 λ_j⌋: for one unit in 256.
+
+        Holds: exactly, up to the 2⁻⁵³ of v_j.
         """
-        scaled = logits.detach().sigmoid().double() * 2**32
-        thresholds = (scaled.floor() - 2**31).clamp(max=2**31 - 1).to(torch.int32)
+        scaled = logits.detach().sigmoid().double().flatten() * 256
+        whole = scaled.floor().clamp(max=255)
+        rest, first = scaled - whole, whole.to(torch.uint8)
 
         def draw(count: int, generator: torch.Generator | None) -> Bool[Tensor, "..."]:
-            return _whole_numbers((count, *logits.shape), generator, logits.device) < thresholds
+            drawn = _bytes(count * len(first), generator, logits.device).view(count, len(first))
+            kept, equal = drawn < first, (drawn == first).flatten().nonzero()[:, 0]
+            more = torch.rand(len(equal), generator=generator, dtype=rest.dtype, device=rest.device)
+            kept.view(-1)[equal] = more < rest[equal % len(first)]
+            return kept.view(count, *logits.shape)
 
         return draw
 
@@ -214,6 +228,13 @@ class Patterns(Weights):
         """Return the pattern that Gumbel noise picks."""
         return self.table(logits)[(logits + _gumbel(noise)).argmax(-1)] > 0
 
+    def straight_through(
+        self, logits: Float[Tensor, "..."], noise: Float[Tensor, "..."]
+    ) -> Float[Tensor, "..."]:
+        """Return the pattern of the noise, differentiated as if it were λ."""
+        chance = self.probabilities(logits)
+        return self.hard(logits.detach(), noise) + (chance - chance.detach())
+
     def sampler(self, logits: Float[Tensor, "..."]) -> Sampler:
         """Return a function that draws many patterns at once, of the logits as they are now."""
         fixed = logits.detach().clone()
@@ -245,11 +266,28 @@ def weights_per_unit(structure: Weights, size: Size) -> int:
     return prod(size) // prod(structure.units(size))
 
 
-def _whole_numbers(shape: Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Return uniform whole numbers of 32 bits, two from each draw of 64, which costs least."""
-    count = prod(shape)
-    pairs = torch.empty(-(-count // 2), dtype=torch.int64, device=device)
-    return pairs.random_(-(2**63), None, generator=generator).view(torch.int32)[:count].view(shape)
+class _StraightThrough(torch.autograd.Function):
+    """1[u < λ], differentiated as if it were λ, in no more passes over the weights than that takes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(chance: Tensor, noise: Tensor) -> Tensor:
+        return (noise - chance).lt_(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _bytes(count: int, generator: torch.Generator | None, device: torch.device) -> Shaped[Tensor, " count"]:
+    """Return uniform bytes, eight from each draw of 64 bits, which costs least."""
+    words = torch.empty(-(-count // 8), dtype=torch.int64, device=device)
+    return words.random_(-(2**63), None, generator=generator).view(torch.uint8)[:count]
 
 
 def _gumbel(noise: Tensor) -> Tensor:

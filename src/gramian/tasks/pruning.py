@@ -19,7 +19,7 @@ from gramian.compress.scores import grasp, iterative_magnitude, magnitude, rando
 from gramian.compress.structures import Patterns, Rows, Weights
 from gramian.compress.thresholds import most_probable
 from gramian.errors import InputError
-from gramian.tasks.evidence import Evidence
+from gramian.tasks.evidence import Evidence, batch_of
 from gramian.tasks.pruning_result import Guarantee, Layer, Pruned
 from gramian.tasks.self_bounded import Bounding, drawn_errors, guarantee, learn_posterior
 
@@ -134,7 +134,10 @@ def prune(
     add_masks(model, **_masking(model, evidence, plan))
     generator = torch.Generator(evidence.x.device).manual_seed(plan.seed)
     sample = batches(evidence.x, evidence.y, evidence.prior, plan.batch, plan.seed)
-    units = keep_highest(model, scores(model, evidence, plan, generator), plan.density)
+    score = scores(model, evidence, plan, generator, watch, stopped)
+    if stopped():
+        return None
+    units = keep_highest(model, score, plan.density)
     keep(model, units)
     baseline = held_out_error(model, evidence)
     start_from(model, units, plan.high, plan.low)
@@ -237,8 +240,17 @@ def check(model: nn.Module, evidence: Evidence, plan: Plan) -> None:
         keep_highest(model, magnitude(model), plan.density)
 
 
-def scores(model: nn.Module, evidence: Evidence, plan: Plan, generator: torch.Generator) -> Units:
+def scores(
+    model: nn.Module,
+    evidence: Evidence,
+    plan: Plan,
+    generator: torch.Generator,
+    watch: Watch = lambda what, done, total: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Units:
     """Return the scores of a masked model's units, by examples of the prior set where the score needs any.
+
+    Iterative magnitude pruning trains; it tells `watch` so, and once `stopped` its scores are of no use.
 
     Raises: InputError for a score that needs examples where there are none.
     """
@@ -254,7 +266,15 @@ def scores(model: nn.Module, evidence: Evidence, plan: Plan, generator: torch.Ge
         sample = batches(evidence.x, evidence.y, evidence.prior, plan.batch, plan.seed)
 
         def train(current: nn.Module) -> None:
-            learn(current, sample, cross_entropy, settings, generator=generator)
+            learn(
+                current,
+                sample,
+                cross_entropy,
+                settings,
+                generator=generator,
+                advanced=lambda step: watch("training between prunings", step, settings.steps),
+                stopped=stopped,
+            )
 
         kept = iterative_magnitude(model, train, plan.density)
         return {name: unit.float() for name, unit in kept.items()}
@@ -266,12 +286,9 @@ def scores(model: nn.Module, evidence: Evidence, plan: Plan, generator: torch.Ge
 
 def batches(x: Tensor, y: Tensor, index: Tensor, size: int, seed: int) -> Sample:
     """Return the batch of every step, drawn by (seed, step): each epoch takes the examples in a new order."""
-    size = min(size, len(index))
 
     def sample(step: int) -> tuple[Tensor, Tensor]:
-        epoch, place = divmod(step, max(1, len(index) // size))
-        stream = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
-        chosen = index[torch.randperm(len(index), generator=stream)[place * size : (place + 1) * size]]
+        chosen = index[batch_of(len(index), size, seed, step)]
         return x[chosen], y[chosen]
 
     return sample

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gramian.errors import DivergedError, InputError
+from gramian.tasks.evidence import batch_of
 from gramian.train.schedule import multiplier
 
 
@@ -121,13 +122,14 @@ def train_dense(
     rate: float,
     seed: int,
     advanced: Callable[[int], Any] = lambda step: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[float]:
     """Train a classifier by Adam on its cross-entropy and return the loss of every step, in nats.
 
         rate_t = rate · (1 + cos(π t/T))/2
 
-    The batch of a step depends on seed and step alone, and `advanced` is told how many steps are done. The
-    model ends in evaluation.
+    The batch of a step depends on seed and step alone, and `advanced` is told how many steps are done;
+    when `stopped` says so training ends early. The model ends in evaluation.
 
     Raises: InputError for no example, steps below 0, a batch below 1 and a rate that is not positive;
         DivergedError when the loss is not finite.
@@ -141,7 +143,9 @@ def train_dense(
     losses = []
     model.train()
     for step in range(steps):
-        chosen = _batch(len(x), min(batch, len(x)), seed, step).to(x.device)
+        if stopped():
+            break
+        chosen = batch_of(len(x), batch, seed, step).to(x.device)
         loss = cross_entropy(model(x[chosen]), y[chosen])
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
@@ -156,10 +160,3 @@ def train_dense(
         advanced(step + 1)
     model.eval()
     return losses
-
-
-def _batch(count: int, size: int, seed: int, step: int) -> Int64[Tensor, " size"]:
-    """Return the examples of a step; every epoch takes as many as fill batches, in an order of its own."""
-    epoch, place = divmod(step, count // size)
-    stream = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=stream)[place * size : (place + 1) * size]

@@ -134,14 +134,18 @@ def prune_classifier(
                 f"in {run.folder}, pass --resume to go on"
             )
 
-        dense_of(config, model, evidence, run.folder / DENSE, watch)
+        def stopped() -> bool:
+            return requested() is not None
+
+        if not dense_of(config, model, evidence, run.folder / DENSE, watch, stopped):
+            raise stop()
         dense = held_out_error(model, evidence)
         for density in config.densities:
             place = run.folder / f"density-{density:g}"
             if (place / "outcome.json").exists():
                 outcomes.append(pruned_of(read_json(place / "outcome.json")))
                 continue
-            if requested():
+            if stopped():
                 raise stop()
             current = deepcopy(model)
             found = prune(
@@ -149,7 +153,7 @@ def prune_classifier(
                 evidence,
                 config.plan_for(density),
                 watch=lambda what, done, total, at=density: watch(f"density {at:g}: {what}", done, total),
-                stopped=lambda: requested() is not None,
+                stopped=stopped,
             )
             if found is None:
                 raise stop()
@@ -195,8 +199,11 @@ def dense_of(
     evidence: Evidence,
     place: Path,
     watch: Callable[[str, int, int], Any],
-) -> None:
+    stopped: Callable[[], bool],
+) -> bool:
     """Train the network on the prior examples, or read the one that was trained before.
+
+    Returns whether it is there; of a training that was stopped nothing is kept.
 
     Raises: InputError for a file that is damaged; DivergedError when the loss is not finite.
     """
@@ -205,7 +212,7 @@ def dense_of(
             model.load_state_dict(load_file(place))
         except (SafetensorError, RuntimeError) as error:
             raise InputError(f"{place} is damaged; remove it to train the network again") from error
-        return
+        return True
     steps = config.dense.train_steps if len(evidence.prior) else 0
     if steps:
         train_dense(
@@ -217,7 +224,11 @@ def dense_of(
             rate=config.dense.train_rate,
             seed=config.plan.seed,
             advanced=lambda step: watch("training the network", step, steps),
+            stopped=stopped,
         )
+        if stopped():
+            return False
     state: dict[str, Tensor] = {name: value.contiguous() for name, value in model.state_dict().items()}
     with atomic_file(place) as temporary:
         save_file(state, temporary)
+    return True

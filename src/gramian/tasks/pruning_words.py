@@ -1,13 +1,12 @@
 """What a pruning tells its reader in words and in a terminal."""
 
 import math
-from dataclasses import replace
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as TerminalTable
 
 from gramian.bayes.bounds import BOUNDS, sampled_risk_bound
-from gramian.bayes.certificate import Certificate
+from gramian.bayes.certificate import Certificate, hundredths
 from gramian.report import number
 from gramian.tasks.pruning_result import Guarantee, Pruned, Pruning
 
@@ -36,8 +35,10 @@ def verdict(pruning: Pruning) -> list[str]:
         return ["No example was held out, so nothing is known of what pruning costs."]
     chosen = headline(pruning)
     if difference(pruning, pruning.dense, chosen.fixed) > 0:
-        return [_costly(pruning, chosen), *_learnt(pruning, chosen)]
-    return [_free(pruning, chosen), *_costs(pruning, chosen), *_learnt(pruning, chosen)]
+        said = [_costly(pruning, chosen)]
+    else:
+        said = [_free(pruning, chosen), *_costs(pruning, chosen)]
+    return [*said, *_learnt(pruning, chosen), *_paired(pruning, chosen)]
 
 
 def headline(pruning: Pruning) -> Pruned:
@@ -138,6 +139,23 @@ def _learnt(pruning: Pruning, chosen: Pruned) -> list[str]:
     return [f"{start}: {meaning[way]}."]
 
 
+def _paired(pruning: Pruning, chosen: Pruned) -> list[str]:
+    """Say the differences of losses on the same windows, which chance blurs less, where they are known."""
+    found = chosen.export.get("clipped_loss", {})
+    said = []
+    for name, network in (("dense", "the dense network"), ("start", "the starting mask")):
+        mean, error = (found.get(f"fixed_minus_{name}{end}", math.nan) for end in ("", "_standard_error"))
+        if math.isfinite(mean) and math.isfinite(error):
+            chance = points(ERRORS * error, sign=False)
+            said.append(f"{points(mean)} points against {network} (up to {chance} can be chance)")
+    if not said:
+        return []
+    return [
+        f"Compared window by window, which chance blurs less, the {pruning.loss} of the fixed network "
+        f"differs by {' and by '.join(said)}."
+    ]
+
+
 def certified(pruning: Pruning) -> list[str]:
     """Say what is certified of the random predictors, how tight it is, and what it is not about."""
     found = {each.density: each.guarantee for each in pruning.outcomes if each.guarantee is not None}
@@ -148,26 +166,21 @@ def certified(pruning: Pruning) -> list[str]:
     shown = chosen if chosen in found else min(found, key=lambda each: found[each].posterior.value)
     guarantee = found[shown]
     prefix = f"At density {density(shown)}: " if len(pruning.outcomes) > 1 else ""
-    said = [prefix + _quoted(guarantee.posterior)]
-    said += _reason(guarantee) if vacuous(guarantee.posterior) else _compared(guarantee)
+    said = [prefix + guarantee.posterior.sentence]
+    said += _reason(guarantee) if guarantee.posterior.vacuous else _compared(guarantee)
     said += _beside_held_out(pruning, guarantee)
     if len(found) > 1:
         said.append(_others(found, shown))
-    if not all(vacuous(each.posterior) for each in found.values()):
+    if not all(each.posterior.vacuous for each in found.values()):
         said.append(SCOPE)
     return [*said, *_small(guarantee.posterior)]
-
-
-def _quoted(certificate: Certificate) -> str:
-    """Return a certificate's sentence; one that says nothing at this rounding is quoted as such."""
-    return (replace(certificate, value=1.0) if vacuous(certificate) else certificate).sentence
 
 
 def _reason(guarantee: Guarantee) -> list[str]:
     """Say why a certificate is vacuous, and what may help."""
     posterior, prior = guarantee.posterior, guarantee.prior
     cost = f"{number(posterior.kl_per_example, 3)} nats for each example of the bound set"
-    if not vacuous(prior):
+    if not prior.vacuous:
         return [
             f"The certificate is vacuous because learning moved too far from the prior, by {cost}; the prior "
             f"itself is certified at {at_most(prior.value)}."
@@ -186,7 +199,7 @@ def _reason(guarantee: Guarantee) -> list[str]:
 def _compared(guarantee: Guarantee) -> list[str]:
     """Set the certificate beside what the same examples say of the prior alone."""
     value, prior, fixed = guarantee.posterior.value, guarantee.prior, guarantee.fixed
-    own = "not at all" if vacuous(prior) else f"at {at_most(prior.value)}"
+    own = "not at all" if prior.vacuous else f"at {at_most(prior.value)}"
     gain = (
         f"learning on the bound gained {points(prior.value - value, sign=False)} points"
         if value < prior.value
@@ -196,7 +209,7 @@ def _compared(guarantee: Guarantee) -> list[str]:
     if fixed is not None:
         said.append(
             "A test-set bound certifies the fixed mask of the prior, which learnt nothing from these "
-            f"examples, {'not at all' if vacuous(fixed) else f'at {at_most(fixed.value)}'}."
+            f"examples, {'not at all' if fixed.vacuous else f'at {at_most(fixed.value)}'}."
         )
     return said
 
@@ -211,7 +224,7 @@ def _beside_held_out(pruning: Pruning, guarantee: Guarantee) -> list[str]:
             f"{line}, more than certified and than chance allows: the held-out examples are not drawn like "
             "the bound set, or the prior saw the bound set, or this is the rare case that confidence leaves."
         ]
-    if vacuous(guarantee.posterior) or not error:
+    if guarantee.posterior.vacuous or not error:
         return [f"{line}."]
     return [f"{line}; the certificate is {number(value / error, 3)} times as high."]
 
@@ -285,7 +298,7 @@ def _cell(error: float) -> str:
 def _bound(certificate: Certificate | None) -> str:
     if certificate is None:
         return "–"
-    return "vacuous" if vacuous(certificate) else at_most(certificate.value).removesuffix(" %")
+    return "vacuous" if certificate.vacuous else at_most(certificate.value).removesuffix(" %")
 
 
 def _kept(outcome: Pruned) -> str:
@@ -302,14 +315,9 @@ def share(value: float) -> str:
     return f"{100 * value:.3g} %" if math.isfinite(value) else "not finite"
 
 
-def vacuous(certificate: Certificate) -> bool:
-    """Return whether a certificate says nothing at a hundredth of a percent."""
-    return rounded_up(certificate.value) >= 100
-
-
 def rounded_up(bound: float) -> float:
     """Return a bound in percent, rounded up to a hundredth; at most 100."""
-    return min(math.ceil(bound * 1e4) / 100, 100.0)
+    return min(hundredths(bound) / 100, 100.0)
 
 
 def at_most(bound: float) -> str:
