@@ -30,6 +30,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/ntk.py
 	$(BIN)/python benchmarks/trajectory.py
 	$(BIN)/python benchmarks/pruning.py
+	$(BIN)/python benchmarks/graphs.py
 
 # The report's browser test runs when Chromium is there (Debian: as root).
 browser:

@@ -8,7 +8,7 @@ from gramian.errors import InputError
 from gramian.nn import positional_encodings as module
 from gramian.nn.distances import distance_shells
 from gramian.nn.graph import DistanceFilter
-from gramian.nn.graph_network import TypeEncoder
+from gramian.nn.graph_network import GraphNetwork, TypeEncoder, head
 from gramian.nn.init import initialise_
 from gramian.nn.positional_encodings import PositionEncoder, flipped, laplacian_positions, walk_positions
 from graphs import cycle, edges, random_graph
@@ -181,8 +181,13 @@ def test_encoder_adds_what_a_linear_map_makes_of_positions() -> None:
     expected = encoder.nodes(x) + positions @ encoder.positions.weight.T + 0.5
     torch.testing.assert_close(encoder((x, positions)), expected)
     torch.testing.assert_close(encoder((x, positions.double())), expected)
-    filtered = DistanceFilter(6, 5)(encoder((x, positions)), distance_shells(graph, nodes, 4))
-    filtered.square().sum().backward()
+    network, shells = (
+        GraphNetwork(encoder, [DistanceFilter(6, 5)], head(6, 2)),
+        distance_shells(graph, nodes, 4),
+    )
+    out = network((x, positions), shells)
+    assert not torch.allclose(out, network((x, torch.zeros_like(positions)), shells), rtol=1e-3)
+    out.square().sum().backward()
     gradient = encoder.positions.weight.grad
     assert gradient is not None
     assert gradient[:, 1:].abs().min() > 0

@@ -64,10 +64,14 @@ def expected(table: list[list[float]], count: int, offset: int = 0) -> set[tuple
     }
 
 
+@pytest.mark.parametrize("by_bits", [0, 512])
 @pytest.mark.parametrize("directed", [False, True])
 @pytest.mark.parametrize("count", [None, 1, 2, 4, 50])
-def test_shells_are_those_of_the_distances(count: int | None, directed: bool) -> None:
-    """Sparse graphs: some have isolated nodes or several components."""
+def test_shells_are_those_of_the_distances(
+    count: int | None, directed: bool, by_bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sparse graphs: some have isolated nodes or several components; both searches."""
+    monkeypatch.setattr(search, "NODES_BY_BITS", by_bits)
     disconnected = 0
     for seed in range(6):
         graph = random_graph(9, 9, seed)
@@ -108,6 +112,7 @@ def test_a_graph_without_edges_has_nodes_alone(count: int | None) -> None:
 def test_a_search_in_pieces_is_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = random_graph(40, 50, 1)
     whole = distance_shells(graph, 40)
+    monkeypatch.setattr(search, "NODES_BY_BITS", 0)
     monkeypatch.setattr(search, "DISTANCES_AT_ONCE", 130)
     pieces = distance_shells(graph, 40)
     assert listed(whole) == listed(pieces)

@@ -1,3 +1,4 @@
+import io
 import math
 import os
 import signal
@@ -15,7 +16,7 @@ from gramian.observe import recorder
 from gramian.observe.probe import Probe
 from gramian.train import checkpoint
 from gramian.train.loop import Trainer, Training
-from gramian.train.run import open_run
+from gramian.train.run import Run, open_run
 from gramian.train.side_by_side import train_side_by_side
 
 SETTINGS = Training(
@@ -45,7 +46,9 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) - x.roll(1, -1)).square().mean()
 
 
-def trainer(folder, settings: Training = SETTINGS, *, resume: bool = False, loss=loss, net=None) -> Trainer:
+def trainer(
+    folder, settings: Training = SETTINGS, *, resume: bool = False, loss=loss, net=None, **more
+) -> Trainer:
     model = net or Net()
     run = open_run(folder, settings, resume=resume)
     probe = Probe(model, "blocks.*", every=settings.observe_every)
@@ -54,7 +57,7 @@ def trainer(folder, settings: Training = SETTINGS, *, resume: bool = False, loss
         assert not forward.training
         return {"validation_loss": loss(forward, batches(1000)).item()}
 
-    return Trainer(model, loss, batches, evaluate, probe, settings, run, tokens=24, resume=resume)
+    return Trainer(model, loss, batches, evaluate, probe, settings, run, tokens=24, resume=resume, **more)
 
 
 def weights(of: Trainer) -> Tensor:
@@ -216,6 +219,93 @@ def test_a_signal_saves_all_and_resuming_gives_the_same_weights(tmp_path, number
     train_side_by_side(again, Console(quiet=True))
     for each in again.values():
         assert torch.equal(weights(each), weights(whole))
+
+
+def evaluated(folder) -> list[int]:
+    """Steps of the evaluations of a run."""
+    return [row["step"] for row in Run(folder).record.read() if row["kind"] == "evaluate"]
+
+
+def test_training_ends_early_when_an_evaluation_is_enough_and_stays_ended(tmp_path) -> None:
+    def enough() -> bool:
+        return evaluated(tmp_path / "early")[-1] >= 12
+
+    settings = replace(SETTINGS, evaluate_every=4, checkpoint_every=24, trajectory_every=5)
+    early, whole = trainer(tmp_path / "early", settings, enough=enough), trainer(tmp_path / "whole", settings)
+    early.advance(100)
+    assert early.step == 12
+    assert early.finished
+    early.advance(100)
+    assert early.step == 12
+    assert evaluated(tmp_path / "early") == [0, 4, 8, 12]
+    assert [saved.step for saved in checkpoint.checkpoints(early.run.checkpoints)] == [
+        12
+    ]  # not due before 24
+    assert list(recorder.points(tmp_path / "early" / "trajectory")) == [
+        0,
+        5,
+        10,
+        12,
+    ]  # the end is a point of it
+    whole.advance(12)
+    assert torch.equal(weights(early), weights(whole))
+    assert not whole.finished
+    again = trainer(tmp_path / "early", settings, resume=True, enough=enough)
+    assert again.step == 12
+    assert again.finished
+    train_side_by_side({"again": again}, Console(quiet=True))
+    assert evaluated(tmp_path / "early") == [0, 4, 8, 12]
+    assert torch.equal(weights(again), weights(early))
+    longer = trainer(tmp_path / "early", settings, resume=True)  # control: who has not enough goes on
+    assert not longer.finished
+    longer.advance(100)
+    whole.advance(100)
+    assert longer.step == 24
+    assert torch.equal(weights(longer), weights(whole))
+
+
+def test_nothing_is_enough_before_the_first_step(tmp_path) -> None:
+    one = trainer(tmp_path / "one", enough=lambda: True)
+    assert not one.finished
+    one.advance(100)
+    assert one.step == 8  # the first evaluation behind a step
+
+
+def test_of_several_trainers_one_may_end_early(tmp_path) -> None:
+    def enough() -> bool:
+        return len(evaluated(tmp_path / "short")) > 2
+
+    pair = {"short": trainer(tmp_path / "short", enough=enough), "long": trainer(tmp_path / "long")}
+    train_side_by_side(pair, Console(quiet=True))
+    assert {name: each.step for name, each in pair.items()} == {"short": 16, "long": 24}
+
+
+def test_groups_and_the_unit_reach_the_optimiser_and_the_console(tmp_path) -> None:
+    asked: list[float] = []
+
+    def groups(model: nn.Module, decay: float) -> list[dict]:
+        asked.append(decay)
+        return [
+            {"params": [model.gain], "lr": 1e-9, "weight_decay": 0.0},
+            {"params": list(model.blocks.parameters()), "weight_decay": decay},
+        ]
+
+    settings = replace(SETTINGS, weight_decay=0.3)
+    one, plain = (
+        trainer(tmp_path / "one", settings, groups=groups, unit="graphs"),
+        trainer(tmp_path / "two", settings),
+    )
+    assert asked == [0.3]
+    start = one.model.gain.item()
+    out = io.StringIO()
+    train_side_by_side({"one": one, "plain": plain}, Console(file=out, width=200))
+    assert abs(one.model.gain.item() - start) < 1e-6
+    assert abs(plain.model.gain.item() - start) > 1e-3  # control
+    assert not torch.equal(one.model.blocks[0].weight, Net().blocks[0].weight)
+    lines = [line for line in out.getvalue().splitlines() if "step" in line]
+    assert lines
+    for line in lines:
+        assert line.endswith("graphs/s" if line.startswith("one") else "tokens/s")
 
 
 def test_when_one_diverges_the_others_are_saved(tmp_path) -> None:

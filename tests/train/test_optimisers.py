@@ -137,6 +137,34 @@ def test_every_parameter_is_in_one_group_and_vectors_are_not_decayed(name: str) 
         assert len(parts(optimiser)) == 1
 
 
+def test_groups_of_the_callers_own_take_the_place_of_ours() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    asked: list[tuple[nn.Module, float]] = []
+
+    def groups(given: nn.Module, decay: float) -> list[dict]:
+        asked.append((given, decay))
+        first, second = given.children()
+        return [
+            {"params": list(first.parameters()), "lr": 0.5, "weight_decay": 0.25},
+            {"params": list(second.parameters()), "weight_decay": 0.0},
+        ]
+
+    optimiser = build_optimiser("adamw", model, PLAIN, groups)
+    assert asked == [(model, 0.1)]
+    assert [group["initial_lr"] for group in optimiser.param_groups] == [0.5, 1e-2]
+    assert [group["weight_decay"] for group in optimiser.param_groups] == [0.25, 0.0]
+    assert [len(group["params"]) for group in optimiser.param_groups] == [2, 2]
+    ours = build_optimiser("adamw", model, PLAIN)  # control: matrices and vectors apart
+    assert [group["weight_decay"] for group in ours.param_groups] == [0.1, 0.0]
+    assert {parameter.ndim for parameter in ours.param_groups[0]["params"]} == {2}
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    for place, (parameter, was) in enumerate(zip(model.parameters(), before, strict=True)):
+        torch.testing.assert_close(parameter, was * (1 - 0.5 * 0.25 if place < 2 else 1))
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_every_optimiser_learns(name: str) -> None:
     model = small()

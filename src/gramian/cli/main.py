@@ -11,6 +11,7 @@ from gramian.cli.compare import compare
 from gramian.cli.covariance import predict_covariance
 from gramian.cli.evaluate import evaluate
 from gramian.cli.generate import generate
+from gramian.cli.graphs import graphs
 from gramian.cli.list import list_names
 from gramian.cli.observe import observe
 from gramian.cli.predict import predict
@@ -34,6 +35,7 @@ COMMANDS = {
     "quantise": quantise,
     "prune": prune,
     "regress": regress,
+    "graphs": graphs,
     "verify": verify,
     "list": list_names,
 }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gramian.errors import InputError, MissingExtraError
 from gramian.nn.graph import Dense
 from gramian.nn.graph_network import GraphNetwork, incoming_mean
-from gramian.nn.shells import Shells
+from gramian.nn.shells import Shells, check_edges
 
 HEADS = 4
 """Attention heads of a GPS layer; its width is a multiple of them."""
@@ -127,6 +127,9 @@ class MessagePassingNetwork(GraphNetwork):
         if edge_index is None or (self.edges is None) != (edge_features is None):
             raise InputError("edges are given, with features where the network encodes them")
         h = self.nodes(x)
+        if h.shape[0] != shells.nodes:
+            raise InputError(f"the shells are those of {shells.nodes} nodes, got features of {h.shape[0]}")
+        check_edges(edge_index, h.shape[0])
         edges = None if self.edges is None else self.edges(edge_features)
         if edges is not None:
             h = h + incoming_mean(edges, edge_index, h.shape[0])

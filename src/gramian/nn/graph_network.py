@@ -124,7 +124,8 @@ class GraphNetwork(nn.Module):
     by the number of nodes; "nodes" describes every node and has no sum. Layers are any modules of features
     and shells. Weights start as a function of the seed.
 
-    Shapes: nodes (nodes, …), shells, edges (2, any), their features (any, …) -> (graphs or nodes, outputs).
+    Shapes: nodes (nodes, …) or a pair of them with their positions, shells, edges (2, any), their features
+        (any, …) -> (graphs or nodes, outputs).
     Raises: InputError for no layer, an unknown read-out, edges without their features or the reverse.
     Holds: exactly; the read-out of graphs is invariant under a permutation of their nodes.
     Source: Ding et al. 2024, arXiv 2312.01538.
@@ -150,7 +151,11 @@ class GraphNetwork(nn.Module):
         initialise_(self, seed)
 
     def forward(
-        self, x: Tensor, shells: Shells, edge_index: Tensor | None = None, edge_features: Tensor | None = None
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        shells: Shells,
+        edge_index: Tensor | None = None,
+        edge_features: Tensor | None = None,
     ) -> Tensor:
         """Describe every graph, or every node."""
         h = self.nodes(x)

@@ -8,10 +8,11 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from gramian.data.graph_files import load_graphs
+from gramian.data.graph_files import MOLECULES, load_graphs
 from gramian.data.graph_generators import GENERATORS
 from gramian.data.graph_splits import Split
 from gramian.data.graphs import NODE_TASKS, TASKS, Batch, Graph, Graphs
+from gramian.data.objectives import IGNORED
 from gramian.errors import InputError
 from gramian.nn.distances import distance_shells
 from gramian.nn.positional_encodings import flipped, laplacian_positions, walk_positions
@@ -24,6 +25,10 @@ FARTHEST = 40
 
 MARKS = ("distance", "depth")
 """Settings of generators that say how far the information is away."""
+
+
+MOST_MADE, FARTHEST_MADE, MOST_PRODUCT = 100_000, 1000, 5_000_000
+"""Most graphs that are made, the farthest information in them, and most of one times the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +65,25 @@ class Source:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        count, distance = sum(self.sizes or ()), self.distance or 0
+        if count > MOST_MADE or distance > FARTHEST_MADE or count * distance > MOST_PRODUCT:
+            raise InputError(
+                f"at most {MOST_MADE:,} graphs are made, for distances up to {FARTHEST_MADE:,} and for "
+                f"{MOST_PRODUCT:,} when multiplied; got {count:,} and {distance:,}"
+            )
 
     def load(self) -> tuple[Graphs, Split]:
         """Return the graphs, without loops and repeated edges, and the parts of a split.
 
-        Raises: InputError for what is neither a name nor can be read, and settings that do not fit it.
+        Raises: InputError for what is neither a name nor can be read, settings that do not fit it, and parts
+            that have nothing to learn from or to choose by.
         """
         self.check()
         graphs = (self._make() if self.data in GENERATORS else self._read()).simple()
-        if graphs.splits and self.fold >= len(graphs.splits) > 1:
-            raise InputError(f"{graphs.name} has splits 0 to {len(graphs.splits) - 1}, not split {self.fold}")
-        whole = (
-            graphs.splits[self.fold % len(graphs.splits)] if graphs.splits else graphs.split(seed=self.fold)
-        )
+        if graphs.splits and self.fold >= len(graphs.splits):
+            there = f"splits 0 to {len(graphs.splits) - 1}" if len(graphs.splits) > 1 else "one split, 0"
+            raise InputError(f"{graphs.name} has {there}; there is no fold {self.fold}")
+        whole = graphs.splits[self.fold] if graphs.splits else graphs.split(seed=self.fold)
         if not len(whole.validation) or not len(whole.test):
             raise InputError(f"{graphs.name}: graphs to choose by and to report on are needed")
         order = torch.randperm(len(whole.train), generator=torch.Generator().manual_seed(0))
@@ -81,6 +92,7 @@ class Source:
             whole.validation[: self.held_out],
             whole.test[: self.held_out],
         )
+        _check_targets(graphs, split)
         return graphs, split
 
     def _make(self) -> Graphs:
@@ -111,7 +123,24 @@ class Source:
             raise InputError(f"there is no file or folder {self.data}; graphs that can be made: {names}")
         if self.distance is not None or self.sizes is not None:
             raise InputError("distance and sizes are for graphs that are made, not for files")
+        if not path.name.lower().endswith(MOLECULES):
+            for name in ("target", "splits"):
+                if getattr(self, name):
+                    raise InputError(f"{name} is for files of molecules, not for {self.data}")
         return load_graphs(path, task=self.task, target=self.target or None, splits=self.splits)
+
+
+def _check_targets(graphs: Graphs, split: Split) -> None:
+    """Raise InputError for a part of which nothing is to be predicted, or nothing that can be judged."""
+    for name, part in vars(split).items():
+        y = graphs.batch(part).y
+        if graphs.task == "node" and not (y != IGNORED).any():
+            raise InputError(f"{graphs.name}: no node of the {name} part has a class")
+        if graphs.task == "multilabel" and name != "train" and not (y != y[0]).any():
+            raise InputError(
+                f"{graphs.name}: no label has both values in the {name} part, so that there is no average "
+                "precision; take more graphs or another fold"
+            )
 
 
 @dataclass(frozen=True)

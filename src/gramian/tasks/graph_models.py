@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from torch import nn
+from torch import Tensor, nn
 
+from gramian.data.graph_splits import Split
 from gramian.data.graphs import NODE_TASKS, Graphs
 from gramian.errors import InputError, MissingExtraError
 from gramian.interop.message_passing import LAYERS, MessagePassingNetwork, message_passing_layers
@@ -39,7 +40,7 @@ class Architecture:
     r_min: float = 0.5
     """Smallest modulus of λ at the start of a filter; larger ones look farther."""
     readout: str = "mean"
-    """How the nodes of a graph are put together: mean or sum."""
+    """How the nodes of a graph are put together: mean, or sum (divided by the mean number of nodes)."""
     encoding: str = "none"
     """Positions of nodes that all networks are given: none, laplacian or random_walk."""
     encoding_size: int = 8
@@ -76,6 +77,16 @@ def check_models(names: Sequence[str]) -> None:
         raise MissingExtraError('standard graph layers need torch_geometric: pip install "gramian[graphs]"')
 
 
+def check_batches(names: Sequence[str], graphs: Graphs, split: Split, batch: int) -> None:
+    """Raise InputError where standard layers, which are normalised over a batch, would see a single node."""
+    alone = min(batch, len(split.train)) == 1 and int(graphs.ptr.diff()[split.train].min()) == 1
+    if alone and set(names) - {GRED}:
+        raise InputError(
+            "standard layers are normalised over the nodes of a batch and cannot learn from a single node; "
+            "choose a batch of 2 graphs or more"
+        )
+
+
 def build_network(name: str, graphs: Graphs, architecture: Architecture, seed: int) -> GraphNetwork:
     """Return the widest network of a name for some graphs within the number of parameters.
 
@@ -88,23 +99,47 @@ def build_network(name: str, graphs: Graphs, architecture: Architecture, seed: i
 
 
 def widest(build: Callable[[int], nn.Module], most: int) -> int:
-    """Return the largest width whose network has at most so many parameters, by bisection.
+    """Return the largest width whose network has at most so many parameters.
+
+    The width is doubled while it fits, then bisected, so that no network much too large is ever built.
 
     Raises: InputError when the narrowest has more.
     """
-    low, high = 1, WIDEST // WIDTHS
-    least = parameters(build(WIDTHS))
-    if least > most:
+
+    def count(steps: int) -> int:
+        return parameters(build(steps * WIDTHS))
+
+    if (least := count(1)) > most:
         raise InputError(f"a network of width {WIDTHS} has {least:,} parameters, more than {most:,}")
+    low, high, limit = 1, 2, WIDEST // WIDTHS
+    while high <= limit and count(high) <= most:
+        low, high = high, 2 * high
+    high = min(high - 1, limit)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if parameters(build(middle * WIDTHS)) <= most else (low, middle - 1)
+        low, high = (middle, high) if count(middle) <= most else (low, middle - 1)
     return low * WIDTHS
 
 
 def parameters(model: nn.Module) -> int:
     """Return the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+class Divided(nn.Module):
+    """Features divided by a fixed number, so that sums over graphs start at the size of means.
+
+    Shapes: (…) -> (…).
+    Holds: exactly.
+    """
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Divide."""
+        return x / self.by
 
 
 def _network(name: str, graphs: Graphs, architecture: Architecture, width: int, seed: int) -> GraphNetwork:
@@ -115,14 +150,17 @@ def _network(name: str, graphs: Graphs, architecture: Architecture, width: int, 
     edges = None if attributes is None else _encoder(attributes.shape, graphs.edge_types, width)
     readout = "nodes" if graphs.task in NODE_TASKS else architecture.readout
     parts = {"readout": readout, "edges": edges, "seed": seed}
+    reads = head(width, graphs.outputs)
+    if readout == "sum":
+        reads = nn.Sequential(Divided(len(graphs.x) / len(graphs)), reads)
     if name == GRED:
         layers = [
             DistanceFilter(width, width, dropout=architecture.dropout, r_min=architecture.r_min)
             for _ in range(architecture.layers)
         ]
-        return GraphNetwork(nodes, layers, head(width, graphs.outputs), **parts)
+        return GraphNetwork(nodes, layers, reads, **parts)
     layers = message_passing_layers(name, architecture.layers, width, architecture.dropout, edges is not None)
-    return MessagePassingNetwork(nodes, layers, head(width, graphs.outputs), **parts)
+    return MessagePassingNetwork(nodes, layers, reads, **parts)
 
 
 def _encoder(shape: Sequence[int], types: tuple[int, ...], width: int) -> nn.Module:

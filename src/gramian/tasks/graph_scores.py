@@ -61,7 +61,7 @@ def loss_of(task: str, outputs: Tensor, y: Tensor, scale: Scale | None) -> Tenso
         classes     mean cross-entropy, in nats; of nodes weighted by 1 − the class's share in the batch
 
     Shapes: (rows, outputs), y (rows) or (rows, outputs) -> ().
-    Holds: exactly; nodes with the label −100 do not count.
+    Holds: exactly; nodes with the label −100 do not count, and the loss is 0 where no other is there.
     Source: the weights: Dwivedi et al. 2020, arXiv 2003.00982.
     """
     if scale is not None:
@@ -71,6 +71,8 @@ def loss_of(task: str, outputs: Tensor, y: Tensor, scale: Scale | None) -> Tenso
     if task == "classification":
         return cross_entropy(outputs, y)
     count = y[y != IGNORED].bincount(minlength=outputs.shape[1])
+    if not count.any():
+        return 0 * outputs.sum()
     several = (count > 0).sum() > 1
     weights = torch.where(several, 1 - count / count.sum(), torch.ones_like(outputs[0]))
     return cross_entropy(outputs, y, weight=weights.to(outputs.dtype), ignore_index=IGNORED)
@@ -84,8 +86,10 @@ def score_of(task: str, outputs: Tensor, y: Tensor, scale: Scale | None) -> floa
         average_precision   mean over the labels that have both values
 
     Shapes: (rows, outputs), y (rows) or (rows, outputs) -> number.
-    Holds: exactly; nan where no label has both values.
+    Holds: exactly; nan where no label has both values, no node has a class, or an output is not finite.
     """
+    if not outputs.isfinite().all():
+        return float("nan")
     if scale is not None:
         return (scale.mean + scale.deviation * outputs - y).abs().mean().item()
     if task == "multilabel":
@@ -93,8 +97,8 @@ def score_of(task: str, outputs: Tensor, y: Tensor, scale: Scale | None) -> floa
     right = outputs.argmax(1) == y
     if task == "classification":
         return right.double().mean().item()
-    known = y != IGNORED
-    return torch.stack([right[y == label].double().mean() for label in y[known].unique()]).mean().item()
+    shares = [right[y == label].double().mean().item() for label in y[y != IGNORED].unique()]
+    return sum(shares) / len(shares) if shares else float("nan")
 
 
 def _average_precision(outputs: Tensor, y: Tensor) -> float:

@@ -26,7 +26,7 @@ BEST = "best.safetensors"
 class Schedule:
     """How every network is trained."""
 
-    epochs: int = 40
+    epochs: int = 20
     """Times that the training graphs are gone through, at most."""
     patience: int | None = None
     """Epochs without a better validation metric after which training ends; none when not given."""
@@ -219,7 +219,7 @@ def concluded(trial: Trial, trainer: Trainer, sampler: Sampler) -> Outcome:
     """
     graphs, run = sampler.graphs, trainer.run
     metric = METRICS[graphs.task]
-    model = best_network(trial, sampler, run)
+    model = best_network(trial, sampler, run).to(trainer.device)
     outputs, y = predictions(model, sampler, sampler.split.test, shells=trial.model == GRED)
     best, step = _best(run, metric)
     epoch = trainer.settings.evaluate_every

@@ -6,6 +6,7 @@ from math import nan
 from pathlib import Path
 from statistics import mean, stdev
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -13,11 +14,11 @@ from gramian.data.graph_splits import Split
 from gramian.data.graphs import Graphs
 from gramian.errors import DivergedError, InputError
 from gramian.tasks.graph_data import Sampler, Source
-from gramian.tasks.graph_models import GRED, Architecture, check_models
+from gramian.tasks.graph_models import GRED, Architecture, build_network, check_batches, check_models
 from gramian.tasks.graph_scores import METRICS, better, constant_score
 from gramian.tasks.graph_training import Outcome, Schedule, Trial, concluded, evaluations, prepare
 from gramian.tasks.language import run_folder
-from gramian.train.run import Run, open_run
+from gramian.train.run import SETTINGS, Run, open_run
 from gramian.train.side_by_side import train_side_by_side
 
 
@@ -109,14 +110,14 @@ def train_graphs(
     """
     console = console or Console()
     config.check()
-    folder = run_folder(config.runs, config.name)
-    with console.status("reading the graphs"):
-        graphs, split = config.source.load()
-    open_run(folder, replace(config, runs=Path()), resume=resume, overwrite=overwrite)
-    with Progress(console=console, transient=True) as progress:
-        sampler = Sampler(graphs, split, config.architecture, progress)
+    folder, settings = run_folder(config.runs, config.name), replace(config, runs=Path())
+    if (folder / SETTINGS).exists() and (resume or not overwrite):
+        open_run(folder, settings, resume=resume)  # another run is refused before anything is read
+    sampler = _sampler(config, console)
+    graphs, split = sampler.graphs, sampler.split
     for line in (graphs.text(), _sizes(split, sampler.hops)):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    open_run(folder, settings, resume=resume, overwrite=overwrite)
     metric = METRICS[graphs.task]
     outcomes: dict[str, tuple[Outcome, ...]] = {}
     tried: list[Outcome] = []
@@ -127,6 +128,23 @@ def train_graphs(
         raise DivergedError("the training of every network diverged; try a lower learning rate")
     constant = constant_score(*sampler.targets(), graphs.task)
     return Comparison(graphs, split, sampler.hops, metric, constant, outcomes, tuple(tried), folder)
+
+
+def _sampler(config: GraphsConfig, console: Console) -> Sampler:
+    """Return the batches of the graphs, once it is sure that all networks can be built for them."""
+    with console.status("reading the graphs"):
+        graphs, split = config.source.load()
+    filters = GRED in config.models
+    check_batches(config.models, graphs, split, config.schedule.batch)
+    for model in config.models:
+        build_network(model, graphs, config.architecture, config.seeds[0])
+    architecture = config.architecture if filters else replace(config.architecture, hops=0)
+    with Progress(console=console, transient=True) as progress:
+        sampler = Sampler(graphs, split, architecture, progress)
+    if filters:  # what needs too much memory is refused before anything is written
+        used = torch.cat((split.train, split.validation, split.test))
+        sampler.sample(used[graphs.ptr.diff()[used].argmax()][None])
+    return sampler
 
 
 def _outcomes(
@@ -148,7 +166,8 @@ def _outcomes(
 
 def _sizes(split: Split, hops: int) -> str:
     parts = f"{len(split.train):,} to learn from, {len(split.validation):,} to choose by"
-    return f"{parts}, {len(split.test):,} to report on; filters look {hops} hops far"
+    look = f"; filters look {hops} hops far" if hops else ""
+    return f"{parts}, {len(split.test):,} to report on{look}"
 
 
 def _outcome(trial: Trial, sampler: Sampler, folder: Path, console: Console) -> Outcome | None:

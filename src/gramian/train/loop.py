@@ -130,7 +130,7 @@ class Trainer:
         tokens: what one step trains on, for the throughput.
         resume: whether to go on from the newest checkpoint.
         unit: what `tokens` counts, in words.
-        groups: (model, weight decay) -> the optimiser's groups; matrices decayed and vectors not, when None.
+        groups: (model, weight decay) -> the optimiser's groups; by default vectors are not decayed.
         enough: whether training has ended before its last step, asked after every evaluation.
     """
 
@@ -220,6 +220,8 @@ class Trainer:
             self._flush()
             if due["evaluate"]:
                 self._write_evaluation()
+            if self._ended:
+                self._record_trajectory()
             if due["checkpoint"] or self._ended:
                 self.save()
             self._group_start = time.perf_counter()
