@@ -31,6 +31,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/trajectory.py
 	$(BIN)/python benchmarks/pruning.py
 	$(BIN)/python benchmarks/graphs.py
+	$(BIN)/python benchmarks/projector.py
 
 # The report's browser test runs when Chromium is there (Debian: as root).
 browser:

@@ -1,0 +1,1 @@
+"""Images of computed tomography: geometries of scanners, their projector, and phantoms."""
