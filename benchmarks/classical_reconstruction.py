@@ -87,7 +87,8 @@ PLANS = (
     Plan("CGLS", "cgls", {}, most=25),
     Plan("SIRT, x ≥ 0", "sirt", {"box": NON_NEGATIVE}, most=250),
     Plan("EM", "em", {}, most=150),
-    Plan("FISTA-TV, anisotropic", "fista_tv", {"iterations": 150}, weights=(1e-5, 2e-5, 4e-5, 8e-5)),
+    Plan("FISTA-TV", "fista_tv", {"iterations": 150}, weights=WEIGHTS),
+    Plan("FISTA-TV, anisotropic", "fista_tv", {"isotropic": False, "iterations": 150}, weights=WEIGHTS),
     Plan("PDHG-TV", "pdhg_tv", {"iterations": 150}, like="FISTA-TV"),
 )
 
