@@ -22,6 +22,7 @@ SYSTEMS = (
     "ntk_ensemble",
     "trajectory_geometry",
     "pac_pruning",
+    "distance_filtering",
 )
 
 TABLES = ("start_table", "path_table", "table")
@@ -39,6 +40,7 @@ def verify(
     images: Path | None = None,
     tables: tuple[Path, ...] = (),
     series: tuple[Path, ...] = (),
+    graphs: Path | None = None,
     runs: Path = Path("runs"),
     steps: int | None = None,
     seeds: tuple[int, ...] = (),
@@ -49,17 +51,20 @@ def verify(
 
     Args:
         system: simplified_block, outlier_features, shortcut_free, scaled_resnet, shaped_transformer,
-            ntk_ensemble, trajectory_geometry or pac_pruning.
+            ntk_ensemble, trajectory_geometry, pac_pruning or distance_filtering.
         setting: quick takes minutes to an hour or two on two cores; decoder and encoder (simplified_block),
             codeparrot and opt (outlier_features), wikitext (shortcut_free), cifar10, cifar100 and tiny
-            (scaled_resnet), encoder (shaped_transformer), tables (ntk_ensemble), pythia (trajectory_geometry)
-            are the published settings, mnist (pac_pruning) a longer one.
+            (scaled_resnet), encoder (shaped_transformer), tables (ntk_ensemble), pythia
+            (trajectory_geometry), zinc, peptides, pattern and cluster (distance_filtering) are the published
+            settings, mnist (pac_pruning) a longer one.
         text: text to train on; the Python standard library when none is given.
         images: images to train on, .npz or MNIST's format (scaled_resnet, ntk_ensemble,
             trajectory_geometry, pac_pruning); scikit-learn's digits when not given.
         tables: tables to learn from, .npz with X, y and perhaps splits (ntk_ensemble); diabetes when none is
             given.
         series: folders of checkpoints, one for each model of a family (trajectory_geometry, pythia).
+        graphs: a file or folder of graphs, as `gramian graphs` reads them (distance_filtering; zinc and
+            peptides need it).
         runs: folder of run folders.
         steps: optimiser steps; a few minutes' worth when not given.
         seeds: repetitions; three when not given.
@@ -68,9 +73,9 @@ def verify(
         raise InputError(f"unknown system {system!r}; choose {', '.join(SYSTEMS)}")
     module = importlib.import_module(f"gramian.systems.{system}")
     config = module.quick() if setting == "quick" else module.paper(setting)
-    files = {"text": text, "images": images, "tables": tables, "series": series}
+    files = {"text": text, "images": images, "tables": tables, "series": series, "graphs": graphs}
     if hasattr(config, "job"):
-        for kind in ("tables", "series"):
+        for kind in ("tables", "series", "graphs"):
             if files[kind]:
                 raise InputError(f"{system} reads no {kind}")
         job = replace(config.job, runs=runs, data=_data(system, config.job.data, text, images))
