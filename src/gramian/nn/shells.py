@@ -106,7 +106,7 @@ class Shells:
         Raises: InputError for a number below 1.
         """
         check_count(count)
-        if count >= self.count:
+        if count >= self.count or not len(self.hop) or int(self.hop[-1]) < count:
             return replace(self, count=count)
         kept = int(torch.searchsorted(self.hop, count))
         starts = self.starts[: kept + 1]
