@@ -14,12 +14,13 @@ from gramian.compress.learning import Learning
 from gramian.compress.masks import export_state, masks_of, originals_of, remove_masks
 from gramian.errors import InputError
 from gramian.tasks import pruning
-from gramian.tasks.evidence import Evidence, batch_of
+from gramian.tasks.evidence import Evidence
 from gramian.tasks.pruning import Plan, Start, batches, prune
 from gramian.tasks.pruning_data import Data, standardised
 from gramian.tasks.pruning_networks import Network, build, train_dense
 from gramian.tasks.pruning_result import Pruned
 from gramian.tasks.self_bounded import Bounding
+from gramian.train.batches import batch_of
 
 CLASSES, COUNT = 4, 240
 PRIOR, BOUND, HELD_OUT = torch.arange(120), torch.arange(120, 180), torch.arange(180, COUNT)

@@ -1,5 +1,6 @@
 """Standard layers of PyTorch Geometric in our graph networks: what a distance filter is compared with."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -155,8 +156,6 @@ def message_passing_layers(
 
 def _package() -> Any:
     try:
-        import warnings
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.script, which the package calls
             from torch_geometric import nn as layers

@@ -3,23 +3,11 @@
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 
 from gramian.bayes.split import Seen, Split, random_split
 from gramian.errors import InputError
 from gramian.tasks.pruning_data import Examples, standardised
-
-
-def batch_of(count: int, size: int, seed: int, step: int) -> Int64[Tensor, " size"]:
-    """Return which of the examples make the batch of a step, by seed and step alone.
-
-    Every epoch takes as many as fill batches, in an order of its own.
-    """
-    size = min(size, count)
-    epoch, place = divmod(step, count // size)
-    stream = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=stream)[place * size : (place + 1) * size]
 
 
 @dataclass(frozen=True, eq=False)

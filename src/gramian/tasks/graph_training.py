@@ -15,6 +15,7 @@ from gramian.nn.graph_network import optimiser_groups
 from gramian.tasks.graph_data import Sampler, Source
 from gramian.tasks.graph_models import GRED, Architecture, build_network, parameters
 from gramian.tasks.graph_scores import METRICS, Scale, better, loss_of, score_of, worst
+from gramian.train.batches import batch_of
 from gramian.train.loop import Trainer, Training
 from gramian.train.run import Run, open_run
 
@@ -122,12 +123,9 @@ def training_batches(train: Tensor, size: int, seed: int) -> Callable[[int], Ten
 
     Every epoch takes the graphs in an order of its own; the last that fill no batch wait for another epoch.
     """
-    per_epoch = len(train) // size
 
     def batch(step: int) -> Tensor:
-        epoch, place = divmod(step, per_epoch)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        numbers = train[torch.randperm(len(train), generator=generator)][place * size : (place + 1) * size]
+        numbers = train[batch_of(len(train), size, seed, step)]
         return torch.stack((numbers, torch.full_like(numbers, seed * 1_000_003 + step)), 1)
 
     return batch

@@ -19,9 +19,10 @@ from gramian.compress.scores import grasp, iterative_magnitude, magnitude, rando
 from gramian.compress.structures import Patterns, Rows, Weights
 from gramian.compress.thresholds import most_probable
 from gramian.errors import InputError
-from gramian.tasks.evidence import Evidence, batch_of
+from gramian.tasks.evidence import Evidence
 from gramian.tasks.pruning_result import Guarantee, Layer, Pruned
 from gramian.tasks.self_bounded import Bounding, drawn_errors, guarantee, learn_posterior
+from gramian.train.batches import batch_of
 
 Start = Literal["magnitude", "random", "snip", "grasp", "synflow", "iterative_magnitude"]
 DRAWS = 100

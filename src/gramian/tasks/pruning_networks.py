@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gramian.errors import DivergedError, InputError
-from gramian.tasks.evidence import batch_of
+from gramian.train.batches import batch_of
 from gramian.train.schedule import multiplier
 
 
