@@ -163,12 +163,88 @@ def test_sharpness_is_the_mean_width() -> None:
     assert float(calibration.sharpness(prediction, 0.5)) == pytest.approx(2 * 1.5 * norm.ppf(0.75), rel=1e-12)
 
 
+def atomic(spread: float, *shape: int, seed: int) -> Tensor:
+    """Numbers of which some half are exactly 0 or 1."""
+    return (spread * normal(*shape, seed=seed)).clamp(0, 1)
+
+
+@pytest.mark.parametrize("members", [1, 2, 5, 20, 50])
+@pytest.mark.parametrize("atoms", [False, True])
+def test_ranks_of_a_perfect_sampler_cover_every_level(members: int, atoms: bool) -> None:
+    def draw(spread: float, *shape: int, seed: int) -> Tensor:
+        return atomic(spread, *shape, seed=seed) if atoms else spread * normal(*shape, seed=seed)
+
+    samples, y = draw(1.0, members, N, seed=members), draw(1.0, N, seed=99)
+    levels = torch.tensor(calibration.LEVELS, dtype=F64)
+    found = calibration.randomised_coverage(Predictive.from_samples(samples, correction=0), y)
+    assert bool(((found - levels).abs() <= 4.5 * (levels * (1 - levels) / N).sqrt()).all())
+    if members >= 5:
+        for spread, sign in ((0.5, -1), (2.0, 1)):  # controls: too sure, too unsure
+            spoiled = Predictive.from_samples(draw(spread, members, N, seed=members))
+            gap = calibration.randomised_coverage(spoiled, y) - levels
+            assert sign * float(gap.mean()) > 0.025
+    closed = calibration.coverage(Predictive.from_samples(samples, correction=0), y)
+    assert float((closed - levels).abs().mean()) > 0.005  # control: even a perfect sampler misses these
+
+
+def test_ranks_are_exact_for_every_order_of_few_numbers() -> None:
+    """Exchangeable: each of M + 1 given numbers is the truth once, and the coverage is q to rounding."""
+    levels = torch.tensor([0.0, 0.05, 0.3, 0.62, 0.95, 1.0], dtype=F64)
+    for values in (
+        [1.0, 2.0, 3.0, 4.0],
+        [0.0, 0.0, 0.0, 1.0, 1.5],
+        [2.0, 2.0],
+        [0.0, 1.0, 1.0, 1.0, 2.0, 2.0],
+    ):
+        rows = torch.tensor([values[:i] + values[i + 1 :] for i in range(len(values))], dtype=F64)
+        prediction = Predictive.from_samples(rows.mT, correction=0)
+        found = calibration.randomised_coverage(prediction, torch.tensor(values, dtype=F64), levels)
+        torch.testing.assert_close(found, levels, rtol=1e-13, atol=1e-15)
+
+
+def test_ranks_equal_drawn_ranks() -> None:
+    samples, y = atomic(1.0, 6, 40, seed=1), atomic(0.7, 40, seed=2)
+    lower = (samples < y).sum(0) / 7
+    upper = ((samples <= y).sum(0) + 1) / 7
+    u = lower + (upper - lower) * torch.rand(20_000, 40, generator=torch.Generator().manual_seed(5))
+    drawn = torch.stack([((u - 0.5).abs() <= q / 2).double().mean() for q in calibration.LEVELS])
+    prediction = Predictive.from_samples(samples)
+    found = calibration.randomised_coverage(prediction, y)
+    torch.testing.assert_close(found, drawn, rtol=0, atol=3e-3)
+    turned = Predictive.from_samples(samples.flip(0))
+    torch.testing.assert_close(calibration.randomised_coverage(turned, y), found, rtol=1e-13, atol=1e-15)
+    silent = Predictive.from_samples(torch.zeros(6, 40, dtype=F64))
+    same = calibration.randomised_coverage(silent, torch.zeros(40, dtype=F64))
+    torch.testing.assert_close(same, torch.tensor(calibration.LEVELS, dtype=F64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_randomised_coverage_of_laws(dtype: torch.dtype) -> None:
+    """Without atoms it is the coverage; the law of a mixture with atoms is covered at every level."""
+    gaussian, y = Predictive.gaussian(normal(N).to(dtype), 0.5, 0.2), normal(N, seed=3).to(dtype)
+    torch.testing.assert_close(
+        calibration.randomised_coverage(gaussian, y), calibration.coverage(gaussian, y), rtol=0, atol=1e-4
+    )
+    members = torch.tensor([0.0, 1.0, 3.0, 3.0], dtype=dtype)[:, None].expand(4, N)
+    noise = torch.tensor([0.0, 4.0, 0.0, 0.0], dtype=dtype)[:, None].expand(4, N)
+    law = Predictive.from_samples(members, noise)
+    generator = torch.Generator().manual_seed(4)
+    chosen = torch.randint(4, (1, N), generator=generator)
+    epsilon = torch.randn(N, generator=generator, dtype=dtype)
+    drawn = members.gather(0, chosen)[0] + noise.gather(0, chosen)[0].sqrt() * epsilon
+    levels = torch.tensor(calibration.LEVELS, dtype=dtype)
+    bound = 4.5 * (levels * (1 - levels) / N).sqrt()
+    assert bool(((calibration.randomised_coverage(law, drawn) - levels).abs() <= bound).all())
+    assert float((calibration.coverage(law, drawn) - levels).abs().max()) > 0.1  # control
+
+
 def test_bad_input_is_named() -> None:
     prediction, y = Predictive.gaussian(normal(3), 1.0), normal(3)
     for score in (
         calibration.negative_log_likelihood,
         calibration.crps,
         calibration.coverage,
+        calibration.randomised_coverage,
         calibration.calibration_error,
         calibration.pit,
         calibration.pit_histogram,
@@ -178,11 +254,18 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(InputError, match="levels"):
         calibration.coverage(prediction, y, torch.tensor([0.5, 1.2]))
     with pytest.raises(InputError, match="levels"):
+        calibration.randomised_coverage(prediction, y, torch.tensor([0.5, 1.2]))
+    with pytest.raises(InputError, match="levels"):
         calibration.sharpness(prediction, -0.5)
     with pytest.raises(InputError, match="at least 1 bin"):
         calibration.pit_histogram(prediction, y, 0)
     nothing = Predictive.gaussian(normal(0), 1.0)
-    for score in (calibration.negative_log_likelihood, calibration.coverage, calibration.pit_histogram):
+    for score in (
+        calibration.negative_log_likelihood,
+        calibration.coverage,
+        calibration.randomised_coverage,
+        calibration.pit_histogram,
+    ):
         with pytest.raises(InputError, match="no prediction to judge"):
             score(nothing, normal(0))
     with pytest.raises(InputError, match="no prediction to judge"):

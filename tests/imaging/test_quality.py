@@ -232,6 +232,32 @@ def test_calibration_on_the_support() -> None:
     assert float(kept.coverage[-1]) > 0.5
 
 
+def test_the_randomised_error_needs_no_correction() -> None:
+    levels, pixels = torch.tensor(LEVELS, dtype=F64), (160, 100)
+    doubt = normal(*pixels, seed=8) - 1  # of some pixels it is sure that they are 0, of others not
+
+    def draw(*members: int, spread: float = 1.0, seed: int) -> Tensor:
+        return (doubt + spread * normal(*members, *pixels, seed=seed)).clamp(min=0)
+
+    truth = draw(seed=99)
+    for members in (5, 20):
+        samples = draw(members, seed=members)
+        perfect = calibration(Predictive.from_samples(samples), truth)
+        assert perfect.randomised_error < 0.01
+        assert perfect.error > 0.05  # controls: what zeros and few samples do to the closed form
+        assert perfect.corrected_error > 0.05
+        for spread in (0.5, 2.0):
+            spoiled = Predictive.from_samples(draw(members, spread=spread, seed=members))
+            assert calibration(spoiled, truth).randomised_error > 0.03
+        alike = torch.cat((samples, truth[None])).amax(0) > 0
+        assert calibration(Predictive.from_samples(samples), truth, where=alike).randomised_error < 0.01
+        by_truth = calibration(Predictive.from_samples(samples), truth, where=truth > 0)
+        assert by_truth.randomised_error > 0.03  # control: chosen by what is to be foretold
+    gaussian = calibration(Predictive.gaussian(truth, 1.0), truth + normal(*pixels, seed=3))
+    torch.testing.assert_close(gaussian.randomised, gaussian.coverage, rtol=0, atol=1e-12)
+    assert torch.equal(gaussian.levels, levels)
+
+
 def test_order_of_samples_changes_nothing() -> None:
     samples, truth = normal(8, 60), normal(60, seed=1)
     turned = samples.flip(0)

@@ -209,8 +209,10 @@ def test_what_does_not_fit_is_named() -> None:
         message_passing_layers("gps", 2, 6, 0.0, False)
     assert WIDTH % HEADS == 0
     x, shells = drawn(8, 3), graphs_of(SIZES)
-    for edges, given in ((False, ()), (False, (EDGES, drawn(10, 2))), (True, (EDGES,))):
-        with pytest.raises(InputError, match="edges are given, with features where the network encodes them"):
+    with pytest.raises(InputError, match="whose layers look along edges is given the edges"):
+        network("gcn", False)(x, shells)
+    for edges, given in ((False, (EDGES, drawn(10, 2))), (True, (EDGES,))):
+        with pytest.raises(InputError, match="given with the edges, to a network that encodes them"):
             network("gcn", edges)(x, shells, *given)
     with pytest.raises(InputError, match="shells are those of 7 nodes, got features of 8"):
         network("gcn", False)(x, graphs_of([7]), EDGES)

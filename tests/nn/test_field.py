@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import stack_module_state
+from torch.func import functional_call, stack_module_state
 
 from gramian.bayes.dropout import DropoutConfig, fit_dropout
 from gramian.core.jacobian import function, jacobian_gram
@@ -375,3 +375,15 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(InputError, match=words):
             call()
+
+
+def test_chunks_have_the_gradient_of_borrowed_parameters() -> None:
+    """Called by other parameters than its own, a picture in chunks has their gradient and not its own's."""
+    fields = [Field(OctaveFeatures(2), 8, 1, seed=seed) for seed in (0, 1)]
+    borrowed = {f"field.{name}": value for name, value in fields[1].named_parameters()}
+    gradients = []
+    for chunk in (None, 7):
+        image = functional_call(Picture(fields[0], 6, chunk=chunk), borrowed, ())
+        gradients.append(torch.autograd.grad(image.square().sum(), list(borrowed.values())))
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(parts, whole)

@@ -88,6 +88,58 @@ def test_gradients_of_both_back_ends_of_blocks_and_of_loops_agree(monkeypatch: p
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("options", [{}, {"neutral_empty": True}, {"expand": 2}])
+@pytest.mark.parametrize("size", [1, 8, 11, 20, 1000])
+def test_blocks_of_any_size_are_one_block(size: int, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    filter, h, weights = layer(**options), normal(14, 4), normal(14, 4, seed=1)
+    shells = three(5)[1]
+    monkeypatch.setitem(module.ROWS_AT_ONCE, "cpu", len(shells.node))
+    value, expected = filter(h, shells), gradients(filter, h, shells, weights)
+    monkeypatch.setitem(module.ROWS_AT_ONCE, "cpu", size)
+    for kind in (shells, shells.dense(torch.float64)):
+        torch.testing.assert_close(filter(h, kind), value, **CLOSE)
+        for one, other in zip(gradients(filter, h, kind, weights), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_one_block_less_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control of the comparison of blocks: it tells a layer that leaves out rows."""
+    filter, h, shells = layer(), normal(14, 4), three(5)[1]
+    value = filter(h, shells)
+    monkeypatch.setitem(module.ROWS_AT_ONCE, "cpu", 7)
+    every = type(shells).blocks
+    monkeypatch.setattr(type(shells), "blocks", lambda *given: list(every(*given))[1:])
+    assert (filter(h, shells) - value).abs().max() > 1e-3
+
+
+def test_of_blocks_nothing_is_kept_for_the_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    filter, h, shells = layer(), normal(14, 4).requires_grad_(), three(5)[1]
+
+    def kept(size: int) -> set[int]:
+        lengths: set[int] = set()
+
+        def pack(x: Tensor) -> Tensor:
+            lengths.update([x.shape[0]] if x.is_floating_point() and x.ndim == 2 else [])
+            return x
+
+        monkeypatch.setitem(module.ROWS_AT_ONCE, "cpu", size)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            filter(h, shells)
+        return lengths
+
+    rows = len(shells.node)
+    assert rows in kept(rows)  # control
+    assert kept(7).isdisjoint({7, rows % 7, rows})
+
+
+def test_second_derivatives_go_through_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    filter, shells = layer(2, 2), distance_shells(edges((0, 1), (1, 2)), 3, 4)
+    monkeypatch.setitem(module.ROWS_AT_ONCE, "cpu", 2)
+    assert len(shells.node) == 5
+    h = normal(3, 2).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: filter(x, shells), (h,))
+
+
 def test_second_derivatives_go_through() -> None:
     filter, shells = layer(2, 2), distance_shells(edges((0, 1), (1, 2)), 3, 4)
     h = normal(3, 2).requires_grad_()
@@ -101,6 +153,8 @@ def test_transforms_see_the_same_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     value, pull = torch.func.vjp(lambda x: filter(x, shells), h)
     torch.testing.assert_close(value, filter(h, shells), **CLOSE)
     torch.testing.assert_close(pull(weights)[0], gradients(filter, h, shells, weights)[0], **CLOSE)
+    several = torch.func.vmap(lambda x: filter(x, shells))(torch.stack((h, h + 1)))
+    torch.testing.assert_close(several[1], filter(h + 1, shells), **CLOSE)
 
 
 COMPILED = """

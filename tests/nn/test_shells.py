@@ -1,6 +1,7 @@
 """Shells against distances found by relaxation and sums found by loops; what is given wrongly is named."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -189,6 +190,31 @@ def test_both_back_ends_are_the_loop(count: int) -> None:
         assert dense.masks.sum() == len(batch.members)
         assert torch.autograd.gradcheck(batch.sums, (h,))
         assert torch.autograd.gradgradcheck(batch.sums, (h,))
+
+
+@pytest.mark.parametrize("size", [1, 4, 9, 100])
+@pytest.mark.parametrize("most", [0, 8])
+def test_sums_of_blocks_are_those_of_the_whole(size: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MEMBERS_SUMMED_AGAIN", most)
+    batch = batch_shells(three()[2])
+    h, weights = features(batch.nodes).requires_grad_(), features(len(batch.node), seed=1)
+    slopes = torch.autograd.grad((batch.sums(h) * weights).sum(), h)[0]
+    for shells in (batch, batch.dense(torch.float64)):
+        blocks = list(shells.blocks(h, size))
+        assert [len(block.node) for block in blocks[:-1]] == [size] * (len(blocks) - 1)
+        assert torch.equal(torch.cat([block.node for block in blocks]), batch.node)
+        assert torch.equal(torch.cat([block.hop for block in blocks]), batch.hop)
+        sums = torch.cat([block.sums() for block in blocks])
+        torch.testing.assert_close(sums, batch.sums(h), rtol=0, atol=1e-12)
+        found = torch.autograd.grad((sums * weights).sum(), h)[0]
+        torch.testing.assert_close(found, slopes, rtol=0, atol=1e-12)
+    first = next(batch.blocks(h, size))
+    assert (first.members is None) == (most == 0)
+    if most == 0:
+        return
+    assert torch.autograd.gradgradcheck(lambda x: replace(first, source=x).sums(), (h,))
+    alone = distance_shells(torch.empty(2, 0, dtype=torch.int64), 3)
+    assert list(alone.blocks(h[:3], size)) == []
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, on first use

@@ -74,6 +74,41 @@ def coverage(
     return inside.to(tail.dtype).mean(0)
 
 
+def randomised_coverage(
+    prediction: Predictive, y: Float[Tensor, "..."], levels: Float[Tensor, " levels"] | None = None
+) -> Float[Tensor, " levels"]:
+    """Return the coverage of every level q where targets and samples may have atoms; q itself if calibrated.
+
+        coverage(q) = mean P(|U − ½| ≤ q/2)
+        samples without noise: U uniform on [#{x_m < y}, #{x_m ≤ y} + 1]/(M + 1)
+        otherwise:             U uniform on [P(Y < y), P(Y ≤ y)]
+
+    U is never drawn: its probability is the share of its interval within the level's. The target counts among
+    the samples, so that a perfect sampler covers q in the mean with any number of members, which by
+    `coverage` it does not. A target that all samples equal tells nothing: it adds q, and so dilutes an error.
+
+    Shapes: y (*batch), levels (levels), `LEVELS` without -> (levels).
+    Raises: InputError as `coverage`.
+    Holds: exactly; the expectation is q where target and samples are exchangeable, whatever their ties, and
+        where the prediction is the law of the target. Without atoms and samples it equals `coverage`.
+    Source: Czado, Gneiting, Held 2009, doi 10.1111/j.1541-0420.2009.01191.x.
+    """
+    _same(prediction, y)
+    half = _levels(levels, prediction.mean) / 2
+    means, stds = prediction.components
+    atom = ((stds == 0) & (means == y)).to(means.dtype).mean(0)
+    upper = prediction.cdf(y)
+    lower = upper - atom
+    if prediction.samples is not None and not stds.any():
+        members = len(means)
+        lower, upper = members * lower / (members + 1), (members * upper + 1) / (members + 1)
+    lower, upper = (_some(end).flatten()[:, None] for end in (lower, upper))
+    width = upper - lower
+    common = torch.minimum(upper, 0.5 + half) - torch.maximum(lower, 0.5 - half)
+    share = (common / torch.where(width > 0, width, 1)).clamp(0, 1)
+    return torch.where(width > 0, share, (common >= 0).to(share.dtype)).mean(0)
+
+
 def calibration_error(
     prediction: Predictive, y: Float[Tensor, "..."], levels: Float[Tensor, " levels"] | None = None
 ) -> Float[Tensor, ""]:

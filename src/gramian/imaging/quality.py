@@ -1,9 +1,9 @@
 """How near a reconstruction is to the truth, and whether its samples know how far.
 
-Scores of images first, then two forms of calibration. The published one widens every interval by a margin
+Scores of images first, then forms of calibration. The published one widens every interval by a margin
 that is fitted on the truth, so it is named `truth_tuned`: it judges a method, it is nothing that a user
-without the truth could have. The honest one has no margin and closed intervals, and compares coverage with
-what so many samples of a perfect sampler reach.
+without the truth could have. The honest ones have no margin: coverage by closed intervals is compared with
+what so many samples of a perfect sampler reach, the randomised coverage with the levels themselves.
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from gramian.core.calibration import coverage, sharpness
+from gramian.core.calibration import coverage, randomised_coverage, sharpness
 from gramian.core.predictive import Predictive
 from gramian.errors import InputError
 
@@ -239,12 +239,14 @@ def attainable_coverage(members: int, levels: Sequence[float] = LEVELS) -> Float
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Coverage and width of closed intervals without a margin, level by level."""
+    """Coverage and width of intervals without a margin, level by level; closed ones unless said."""
 
     levels: Float[Tensor, " levels"]
     coverage: Float[Tensor, " levels"]
     attainable: Float[Tensor, " levels"]
     """What a perfect sampler with as many samples covers; the levels themselves without samples."""
+    randomised: Float[Tensor, " levels"]
+    """`gramian.core.calibration.randomised_coverage`: the levels, of a perfect sampler, also with atoms."""
     width: Float[Tensor, " levels"]
     """Mean width of the intervals, in the unit of the image."""
 
@@ -258,6 +260,11 @@ class Calibration:
         """Mean over levels of |coverage(q) − attainable(q)|."""
         return float((self.coverage - self.attainable).abs().mean())
 
+    @property
+    def randomised_error(self) -> float:
+        """Mean over levels of |randomised(q) − q|."""
+        return float((self.randomised - self.levels).abs().mean())
+
 
 def calibration(
     prediction: Predictive,
@@ -269,7 +276,9 @@ def calibration(
 
         coverage(q) = mean 1[min(P(Y ≤ x), P(Y ≥ x)) ≥ (1 − q)/2]
 
-    With `where=truth > 0` it is that on the support of the image, without the pixels that are exactly 0.
+    With `where=truth > 0` it is that on the support of the image, without the pixels that are exactly 0. Such
+    a choice by the truth alone makes even a perfect sampler miss q if it doubts which pixels are 0; a choice
+    that treats truth and samples alike, as of the pixels where any of them is above 0, does not.
 
     Shapes: truth and where (*batch).
     Raises: InputError for shapes that do not fit, no pixel left, and levels outside [0, 1].
@@ -286,6 +295,7 @@ def calibration(
         levels=wanted,
         coverage=coverage(prediction, truth, wanted).double().cpu(),
         attainable=attainable_coverage(members, levels) if sampled else wanted,
+        randomised=randomised_coverage(prediction, truth, wanted).double().cpu(),
         width=_widths(prediction.components[0], levels)
         if sampled
         else torch.tensor([float(sharpness(prediction, q)) for q in levels], dtype=torch.float64),

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gramian.core.linear_map import Map, mapped
 from gramian.errors import InputError
 from gramian.imaging.discretisation import MODELS, Model
 from gramian.imaging.geometry import Beam
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 COLUMNS = 32
 """Images, in all their poses, that are multiplied at once: more only takes memory."""
-
-Map = Callable[[Tensor], Tensor]
 
 
 class LinearMap(Protocol):
@@ -58,7 +57,7 @@ class TensorMap(ABC):
 
         Raises: InputError for another size of image, and a dtype that would be rounded.
         """
-        return _Product.apply(self._given(x, self.image_shape, "images"), self._forward, self._backward)
+        return mapped(self._given(x, self.image_shape, "images"), self._forward, self._backward)
 
     def A_adjoint(  # noqa: N802
         self, y: Float[Tensor, "*batch views detectors"]
@@ -67,7 +66,7 @@ class TensorMap(ABC):
 
         Raises: InputError for another size of sinogram, and a dtype that would be rounded.
         """
-        return _Product.apply(self._given(y, self.sinogram_shape, "sinograms"), self._backward, self._forward)
+        return mapped(self._given(y, self.sinogram_shape, "sinograms"), self._backward, self._forward)
 
     __call__ = A
 
@@ -226,32 +225,6 @@ class Projector(TensorMap):
         for pose, image in zip(poses, images, strict=True):
             total += pose.undo(image.permute(2, 0, 1))
         return total
-
-
-class _Product(torch.autograd.Function):
-    """A linear map on the last two axes, of which the adjoint is known: its own derivative in every mode."""
-
-    @staticmethod
-    def forward(x: Tensor, apply: Map, adjoint: Map) -> Tensor:
-        return apply(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Map, Map], output: Tensor) -> None:
-        ctx.maps = inputs[1:]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        apply, adjoint = ctx.maps
-        return _Product.apply(grads[0], adjoint, apply), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _Product.apply(tangents[0], *ctx.maps)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        x, *maps = args
-        return _Product.apply(x.movedim(in_dims[0], 0), *maps), 0
 
 
 def projector_of(

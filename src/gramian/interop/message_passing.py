@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gramian.errors import InputError, MissingExtraError
 from gramian.nn.graph import Dense
-from gramian.nn.graph_network import GraphNetwork, incoming_mean
+from gramian.nn.graph_network import GraphNetwork
 from gramian.nn.shells import Shells, check_edges
 
 HEADS = 4
@@ -125,15 +125,10 @@ class MessagePassingNetwork(GraphNetwork):
         edge_features: Tensor | None = None,
     ) -> Tensor:
         """Describe every graph, or every node."""
-        if edge_index is None or (self.edges is None) != (edge_features is None):
-            raise InputError("edges are given, with features where the network encodes them")
-        h = self.nodes(x)
-        if h.shape[0] != shells.nodes:
-            raise InputError(f"the shells are those of {shells.nodes} nodes, got features of {h.shape[0]}")
+        if edge_index is None:
+            raise InputError("a network whose layers look along edges is given the edges")
+        h, edges = self.encoded(x, shells, edge_index, edge_features)
         check_edges(edge_index, h.shape[0])
-        edges = None if self.edges is None else self.edges(edge_features)
-        if edges is not None:
-            h = h + incoming_mean(edges, edge_index, h.shape[0])
         for layer in self.layers:
             h = layer(h, edge_index, edges, shells.graph.long())
         return self.head(self.pooled(h, shells))

@@ -21,7 +21,7 @@ from gramian.nn.field_encodings import (
     corners,
     sides_of,
 )
-from gramian.nn.norms import _transformed
+from gramian.nn.transforms import under_transform
 
 OUTPUTS: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -233,7 +233,10 @@ class Picture(nn.Module):
 
     def forward(self) -> Float[Tensor, "rows columns"]:
         """Return the image."""
-        return self._placed(self._in_chunks(self.field.decode if self.keep else self.field))
+        half = _Half(self.field, self.keep)
+        # the parameters of this call: a chunk is computed again after functional_call has taken its own back
+        state = {**dict(half.named_parameters()), **dict(half.named_buffers())}
+        return self._placed(self._in_chunks(lambda *parts: functional_call(half, state, parts)))
 
     def members(
         self,
@@ -270,7 +273,7 @@ class Picture(nn.Module):
         parts = [self.get_buffer(name) for name in self._parts]
         if self.chunk is None or self.chunk >= len(parts[0]):
             return call(*parts)
-        stored = torch.is_grad_enabled() and not _transformed()
+        stored = torch.is_grad_enabled() and not under_transform()
         pieces = zip(*(part.split(self.chunk) for part in parts), strict=True)
         if not stored:
             return torch.cat([call(*piece) for piece in pieces], -1)

@@ -9,8 +9,10 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.autograd import forward_ad
+from torch.nn.functional import embedding, embedding_bag, linear
 
+from gramian.core.linear_map import mapped
 from gramian.errors import InputError
 
 Prepared = tuple[Tensor, ...]
@@ -249,7 +251,8 @@ class HashGrid(Encoding):
     def read(self, *prepared: Tensor) -> Float[Tensor, "*points features"]:
         """Return the weighted sums of features over corners, level after level."""
         places, weights = prepared
-        return (embedding(places, self.tables) * weights[..., None]).sum(-2).flatten(-2)
+        found = _weighed(self.tables, places.flatten(0, -2), weights.flatten(0, -2))
+        return found.unflatten(0, places.shape[:-1]).flatten(-2)
 
     def _hashed(self, level: int, rows: Tensor, columns: Tensor) -> Tensor:
         side = self.resolutions[level] + 1
@@ -275,6 +278,39 @@ def corners(x: Float[Tensor, "*points 2"], cells: tuple[int, int]) -> tuple[Tens
     row, column = low.long().unbind(-1)
     rows, columns = (row, row, row + 1, row + 1), (column, column + 1, column, column + 1)
     return torch.stack(rows, -1), torch.stack(columns, -1), weights
+
+
+def _weighed(
+    table: Float[Tensor, "entries features"], rows: Tensor, weights: Float[Tensor, "sums terms"]
+) -> Float[Tensor, "sums features"]:
+    """Return Σ_t weights[n, t] table[rows[n, t]], with a gradient that gathers no row twice.
+
+    Autograd's own sorts all rows in every backward pass, which costs eight times the sum. It is left to do so
+    where points are differentiated or mapped over, and under `torch.compile`.
+    """
+    if torch.compiler.is_compiling() or not _fixed(weights):
+        return (embedding(rows, table) * weights[..., None]).sum(-2)
+
+    def apply(table: Tensor) -> Tensor:
+        wide = table.movedim(-2, 0).flatten(1)  # leading axes, of members say, are more features
+        found = embedding_bag(rows, wide, mode="sum", per_sample_weights=weights.to(table.dtype))
+        return found.unflatten(1, (*table.shape[:-2], table.shape[-1])).movedim(0, -2)
+
+    def adjoint(sums: Tensor) -> Tensor:
+        wide = sums.movedim(-2, 0).flatten(1)
+        terms = (weights.to(sums.dtype)[..., None] * wide[:, None]).flatten(0, 1)
+        places = rows.flatten().long()[:, None].expand_as(terms)
+        found = wide.new_zeros(entries, wide.shape[1]).scatter_add_(0, places, terms)
+        return found.unflatten(1, (*sums.shape[:-2], sums.shape[-1])).movedim(0, -2)
+
+    entries = len(table)
+    return mapped(table, apply, adjoint)
+
+
+def _fixed(x: Tensor) -> bool:
+    """Whether a tensor is the same number by number for all derivatives and maps that are being taken."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not (wrapped or x.requires_grad or forward_ad.unpack_dual(x).tangent is not None)
 
 
 def _resolutions(levels: int, coarsest: int, finest: int) -> list[int]:

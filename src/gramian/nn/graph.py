@@ -9,15 +9,16 @@ from torch.nn.functional import glu, linear
 from torch.utils.checkpoint import checkpoint
 
 from gramian.errors import InputError
-from gramian.nn.norms import _transformed
 from gramian.nn.recurrence import PUBLISHED_PHASE, LinearRecurrence, multiply, truncated_normal_
-from gramian.nn.shells import Shells
+from gramian.nn.shells import Block, Shells
+from gramian.nn.transforms import under_transform
 
 NORM_EPS = 1e-6
 """The ε of both norms of a layer, as published."""
 
 ROWS_AT_ONCE = {"cpu": 4096}
-"""Shells that pass through a layer together, by device type: what fits a processor's cache."""
+"""Shells that pass through a layer together, by device type: what fits a processor's cache. More do of more
+than twice as many nodes, half as many as nodes: the derivative of every block has all nodes."""
 
 ROWS_AT_ONCE_ELSEWHERE = 262_144
 """The same on other devices: more are more efficient there."""
@@ -116,8 +117,8 @@ class DistanceFilter(nn.Module):
     that K past the largest distance changes nothing.
 
     In the original the dropout of the shell MLP is never active; `shell_dropout` makes it so, with one draw
-    for all empty shells. Many rows pass in blocks that are computed again for the derivative: of them only
-    x_{v,k} is kept, `width` numbers a row.
+    for all empty shells. Many rows pass in blocks that are computed again for the derivative: of them
+    nothing is kept, but for x_{v,k} where shells have many members.
 
     Shapes: (nodes, width), shells -> (nodes, width).
     Raises: InputError for sizes below 1, an unknown gate, a rate outside [0, 1), and for shells of another
@@ -172,34 +173,33 @@ class DistanceFilter(nn.Module):
         empty = None if self.neutral_empty else linear(self.norm(self.mlp(h.new_zeros(h.shape[1]))), matrix)
         if empty is not None:
             state = state + multiply(empty.to(powers.dtype), powers[1:].sum(0))
-        return self._filtered(state, shells, shells.sums(h), powers, matrix, empty)
+        return self._filtered(h, state, shells, powers, matrix, empty)
 
     def _filtered(
         self,
+        h: Tensor,
         state: Tensor,
         shells: Shells,
-        sums: Tensor,
         powers: Tensor,
         matrix: Tensor,
         empty: Tensor | None,
     ) -> Tensor:
         """Add λ^k ⊙ (u_{v,k} − c) of every shell to its node, block by block."""
         maps = powers, matrix, empty
-        size = ROWS_AT_ONCE.get(sums.device.type, ROWS_AT_ONCE_ELSEWHERE)
-        if sums.shape[0] <= size or _transformed():
-            return state.index_add(0, shells.node, self._weighted(sums, shells.hop, *maps))
+        size = max(ROWS_AT_ONCE.get(h.device.type, ROWS_AT_ONCE_ELSEWHERE), shells.nodes // 2)
+        if shells.node.shape[0] <= size or under_transform():
+            whole = Block(shells.sums(h), shells.node, shells.hop)
+            return state.index_add(0, shells.node, self._weighted(whole, *maps))
         random = self.training and self.mlp.dropout.p > 0
-        blocks = zip(sums.split(size), shells.hop.split(size), shells.node.split(size), strict=True)
-        for x, hop, node in blocks:
+        for block in shells.blocks(h, size):
             weighted = checkpoint(
-                self._weighted, x, hop, *maps, use_reentrant=False, preserve_rng_state=random
+                self._weighted, block, *maps, use_reentrant=False, preserve_rng_state=random
             )
-            state.index_add_(0, node, weighted)
+            place = block.node.long()[:, None].expand_as(weighted)
+            state.scatter_add_(0, place, weighted)  # index_add_ would keep what it adds
         return state
 
-    def _weighted(
-        self, x: Tensor, hop: Tensor, powers: Tensor, matrix: Tensor, empty: Tensor | None
-    ) -> Tensor:
+    def _weighted(self, block: Block, powers: Tensor, matrix: Tensor, empty: Tensor | None) -> Tensor:
         """Return λ^k ⊙ (u − c) of some rows."""
-        inputs = linear(self.norm(self.mlp(x)), matrix, None if empty is None else -empty)
-        return multiply(inputs.to(powers.dtype), powers.index_select(0, hop))
+        inputs = linear(self.norm(self.mlp(block.sums())), matrix, None if empty is None else -empty)
+        return multiply(inputs.to(powers.dtype), powers.index_select(0, block.hop))

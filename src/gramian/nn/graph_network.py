@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from gramian.errors import InputError
 from gramian.nn.graph import Dense
 from gramian.nn.init import initialise_
-from gramian.nn.norms import _transformed
 from gramian.nn.recurrence import LinearRecurrence
 from gramian.nn.shells import SIZES, Shells, check_edges
+from gramian.nn.transforms import under_transform
 
 EMBEDDING_STD = 0.01
 """Standard deviation of embeddings of types at the start."""
@@ -56,7 +56,7 @@ class TypeEncoder(nn.Module):
                 f"types are integers in {len(self.sizes)} columns, got {tuple(types.shape)} of {types.dtype}"
             )
         columns = columns.int() if types.dtype not in (torch.int64, torch.int32) else columns
-        if types.device.type == "cpu" and not _transformed():
+        if types.device.type == "cpu" and not under_transform():
             self._check(columns)
         found = [table(column) for table, column in zip(self.tables, columns.unbind(1), strict=True)]
         return self.projection(torch.stack(found).sum(0))
@@ -94,7 +94,7 @@ class FeatureEncoder(nn.Module):
                 f"features are floats in {self.features} columns, got {tuple(features.shape)} of "
                 f"{features.dtype}"
             )
-        if features.device.type == "cpu" and not _transformed() and not features.isfinite().all():
+        if features.device.type == "cpu" and not under_transform() and not features.isfinite().all():
             raise InputError("features must be finite, got NaN or infinity")
         return self.maps(features)
 
@@ -158,6 +158,20 @@ class GraphNetwork(nn.Module):
         edge_features: Tensor | None = None,
     ) -> Tensor:
         """Describe every graph, or every node."""
+        h, _ = self.encoded(x, shells, edge_index, edge_features)
+        shells = shells if under_transform() else shells.fastest(h.dtype)
+        for layer in self.layers:
+            h = layer(h, shells)
+        return self.head(self.pooled(h, shells))
+
+    def encoded(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        shells: Shells,
+        edge_index: Tensor | None = None,
+        edge_features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode nodes with the mean of the edges into them, and edges: (nodes, width), (edges, width)."""
         h = self.nodes(x)
         if h.shape[0] != shells.nodes:
             raise InputError(f"the shells are those of {shells.nodes} nodes, got features of {h.shape[0]}")
@@ -165,12 +179,10 @@ class GraphNetwork(nn.Module):
             edge_features is not None and edge_index is None
         ):
             raise InputError("features of edges are given with the edges, to a network that encodes them")
-        if self.edges is not None:
-            h = h + incoming_mean(self.edges(edge_features), edge_index, h.shape[0]).to(h.dtype)
-        shells = shells if _transformed() else shells.fastest(h.dtype)
-        for layer in self.layers:
-            h = layer(h, shells)
-        return self.head(self.pooled(h, shells))
+        if self.edges is None:
+            return h, None
+        edges = self.edges(edge_features)
+        return h + incoming_mean(edges, edge_index, h.shape[0]).to(h.dtype), edges
 
     def pooled(self, h: Tensor, shells: Shells) -> Tensor:
         """Read the nodes out: (nodes, width) -> (graphs, width), or as they are."""

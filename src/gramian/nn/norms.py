@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from gramian.errors import InputError
+from gramian.nn.transforms import under_transform
 
 Norm = Callable[[int], nn.Module]
 
@@ -41,22 +41,9 @@ class _Scale(torch.autograd.Function):
         return dx.to(x.dtype), dw.to(weight.dtype), None
 
 
-def _transformed() -> bool:
-    """Whether `torch.compile`, `torch.func` or forward-mode differentiation is at work.
-
-    They need plain operations: in forward mode over forward mode, torch takes the derivative of what a
-    Function's own `jvp` returns for zero (pytorch issue 197867).
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
 def _plain(x: Tensor) -> bool:
     """Whether an input needs torch's own operations."""
-    return x.device.type != "cpu" or not x.is_floating_point() or _transformed()
+    return x.device.type != "cpu" or not x.is_floating_point() or under_transform()
 
 
 class RMSNorm(nn.RMSNorm):

@@ -1,7 +1,8 @@
 """Distance shells of a batch of graphs, and the sums of node features over them by two back-ends."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise, starmap
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from gramian.errors import InputError
-from gramian.nn.norms import _transformed
+from gramian.nn.transforms import under_transform
 
 GIGABYTE = 1e9
 
@@ -22,6 +23,9 @@ were faster in every measured case, complete graphs included."""
 CELLS_PER_ENTRY_ELSEWHERE = 4
 """The same on other devices: an estimate from arithmetic and bandwidth, not measured."""
 
+MEMBERS_SUMMED_AGAIN = 8
+"""Shells of more members than that on average are summed once, for it takes longer than it saves memory."""
+
 SIZES = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 """Types of what counts or numbers something."""
 
@@ -30,17 +34,47 @@ class _SegmentSum(torch.autograd.Function):
     """Sum rows of h over segments of indices; the derivative sums over the segments of the transpose.
 
     x_r = Σ_{e ∈ segment r} h_{index e},   ∂h_u = Σ_{e ∈ transposed segment u} ∂x_{row e}
+
+    A transpose that is not given is made when a derivative asks for it.
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, index: Tensor, starts: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, index: Tensor, starts: Tensor, rows: Tensor | None, ends: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(index, starts, rows, ends)
+        ctx.nodes = h.shape[0]
         return embedding_bag(index, h, starts, mode="sum", include_last_offset=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         index, starts, rows, ends = ctx.saved_tensors
+        if rows is None:
+            rows, ends = _transpose(index, starts, ctx.nodes)
         return _SegmentSum.apply(grads[0].contiguous(), rows, ends, index, starts), None, None, None, None
+
+
+def _transpose(index: Tensor, starts: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+    """Return in which segments every node is, and where those of a node start."""
+    rows = _segments(starts, index.shape[0])[_order(index, nodes)].int()
+    return rows, _offsets(index.bincount(minlength=nodes))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of shells with what they are summed from: members of h, or the sums themselves."""
+
+    source: Tensor
+    node: Int32[Tensor, " some"]
+    hop: Int32[Tensor, " some"]
+    members: Int32[Tensor, " entries"] | None = None
+    starts: Int32[Tensor, " some+1"] | None = None
+
+    def sums(self) -> Tensor:
+        """Sum node features over every shell of the block."""
+        if self.members is None or self.starts is None:
+            return self.source
+        return _SegmentSum.apply(self.source, self.members, self.starts - self.starts[0], None, None)
 
 
 @dataclass(frozen=True)
@@ -92,10 +126,25 @@ class Shells:
 
         Holds: exactly; the pairs are never gathered into memory, except in float64 and under transforms.
         """
-        if not _transformed():
+        if not under_transform():
             return _SegmentSum.apply(h, self.members, self.starts, self.rows, self.ends)
         row = _segments(self.starts, self.members.shape[0])
         return h.new_zeros(self.node.shape[0], h.shape[1]).index_add(0, row, h.index_select(0, self.members))
+
+    def blocks(self, h: Float[Tensor, "nodes width"], size: int) -> Iterator[Block]:
+        """Yield the rows `size` at a time; where shells are small on average, they are not yet summed."""
+        if self.members.shape[0] > MEMBERS_SUMMED_AGAIN * self.node.shape[0]:
+            yield from self._summed_blocks(h, size)
+            return
+        cuts = [*self.starts[:-1:size].tolist(), self.members.shape[0]]
+        for block, (first, last) in enumerate(pairwise(cuts)):
+            rows = slice(block * size, (block + 1) * size)
+            starts = self.starts[rows.start : rows.stop + 1]
+            yield Block(h, self.node[rows], self.hop[rows], self.members[first:last], starts)
+
+    def _summed_blocks(self, h: Tensor, size: int) -> Iterator[Block]:
+        parts = (self.sums(h).split(size), self.node.split(size), self.hop.split(size))
+        return starmap(Block, zip(*parts, strict=True))
 
     def with_count(self, count: int) -> "Shells":
         """Return the same shells up to another number of them, the node itself included.
@@ -181,6 +230,10 @@ class DenseShells(Shells):
         padded = h.new_zeros(graphs * largest, h.shape[1]).index_copy(0, self.places, h)
         products = self.masks.to(h.dtype) @ padded.unflatten(0, (graphs, largest))
         return products.flatten(0, 1).index_select(0, self.cells_of)
+
+    def blocks(self, h: Float[Tensor, "nodes width"], size: int) -> Iterator[Block]:
+        """Yield the rows `size` at a time, summed."""
+        return self._summed_blocks(h, size)
 
 
 def shells_of_pairs(
@@ -290,7 +343,7 @@ def check_edges(edges: Tensor, nodes: int) -> None:
             f"edges are a (2, any) tensor of integers, sources above targets, got {tuple(edges.shape)} of "
             f"{edges.dtype}"
         )
-    if edges.device.type != "cpu" or _transformed() or not edges.numel():
+    if edges.device.type != "cpu" or under_transform() or not edges.numel():
         return
     low, high = int(edges.min()), int(edges.max())
     if low < 0 or high >= nodes:

@@ -1,0 +1,329 @@
+"""What a scan alone can tell of the error bars of its image: views that were not fitted, foretold.
+
+All but `image_conformal`, which needs true images, judges measurements. A structure that no held-out ray
+sees changes none of them, so its error bars stay unjudged, and of the pixels along a ray only the sum is
+judged. Error bars belong to the views that were fitted: that a factor found with some views held out also
+suits a fit of all is an assumption.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gramian.core.calibration import coverage, negative_log_likelihood, randomised_coverage
+from gramian.core.predictive import Predictive
+from gramian.errors import InputError
+from gramian.imaging.iterative import FREE, Box, clamped
+from gramian.imaging.radon import LinearMap
+
+FEWEST_VIEWS = 5
+"""Fewest views of which two can be held out and most kept."""
+LARGEST, SMALLEST = 100.0, 0.01
+"""Factors beyond which none is looked for, but 0: samples that need more differ by chance or rounding."""
+GRID, ZOOMS = 33, 6
+"""Factors tried at once, evenly in their logarithm, and how often around the best."""
+
+
+def hold_out(views: int, share: float = 0.1, seed: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Choose the views that a reconstruction is fitted to and those that it is judged by: (kept, held).
+
+    The views in their order are cut into equal parts, as many as are to be held, and one is drawn from each;
+    at least two are held and less than half.
+
+    Raises: InputError for fewer views than 5 and a share outside (0, ½).
+    Holds: exactly; views have to be in the order of their angles.
+    """
+    if views < FEWEST_VIEWS:
+        raise InputError(
+            f"holding two views out and keeping most needs at least {FEWEST_VIEWS} views, not {views}"
+        )
+    if not 0 < share < 0.5:
+        raise InputError(f"the share of views to hold out has to lie between 0 and 0.5, not {share}")
+    count = min(max(2, round(share * views)), (views - 1) // 2)
+    generator = torch.Generator().manual_seed(seed)
+    ends = [part * views // count for part in range(count + 1)]
+    held = tuple(int(torch.randint(low, high, (), generator=generator)) for low, high in pairwise(ends))
+    return tuple(view for view in range(views) if view not in held), held
+
+
+@dataclass(frozen=True, eq=False)
+class ViewCheck:
+    """Held-out measurements beside what the samples of an image foretell of them.
+
+        y ~ N(A m, v + σ²),  m and v the mean and variance over samples, v that of A x_k
+
+    With few samples v is itself uncertain: for a perfect sampler of K samples of a Gaussian the chi-square is
+    not 1 but up to (1 + 1/K)(K − 1)/(K − 3), reached where v is far above σ²: 1.06 for 50, 1.41 for 10.
+
+    Shapes: prediction and sinogram (views, detectors).
+    """
+
+    prediction: Predictive
+    """Of the measurements: A x_k as samples, σ² as noise; in float64."""
+    sinogram: Float[Tensor, "views detectors"]
+
+    @property
+    def z(self) -> Float[Tensor, "views detectors"]:
+        """Errors of the mean in their foretold standard deviations, (y − A m)/√(v + σ²)."""
+        return (self.sinogram - self.prediction.mean) / self.prediction.std
+
+    @property
+    def chi_square(self) -> float:
+        """Mean of z²: 1 where error bars and noise are right, above it where they are too small."""
+        return float(self.z.square().mean())
+
+    @property
+    def misfit(self) -> float:
+        """Mean of (y − A m)²/σ²: how much larger errors are than noise explains."""
+        return float(((self.sinogram - self.prediction.mean).square() / self.prediction.aleatoric).mean())
+
+    @property
+    def nll(self) -> float:
+        """Negative log likelihood of a ray under N(A m, v + σ²), in nats."""
+        return float(negative_log_likelihood(self.prediction.moment_matched(), self.sinogram))
+
+    def coverage(self, levels: Float[Tensor, " levels"] | None = None) -> Float[Tensor, " levels"]:
+        """Return `gramian.core.calibration.coverage` by the mixture of samples with their noise.
+
+        Holds: exactly; a perfect sampler of few samples stays below the levels where v is above σ².
+        """
+        return coverage(self.prediction, self.sinogram, levels)
+
+    def drawn_coverage(
+        self, generator: torch.Generator, levels: Float[Tensor, " levels"] | None = None
+    ) -> Float[Tensor, " levels"]:
+        """Return the coverage by ranks among one noisy measurement drawn from every sample.
+
+        Holds: the expectation is the level for a perfect sampler of any number of samples.
+        """
+        means, stds = self.prediction.components
+        drawn = torch.randn(means.shape, generator=generator, device=generator.device, dtype=means.dtype)
+        noisy = Predictive.from_samples(means + stds * drawn.to(means.device))
+        return randomised_coverage(noisy, self.sinogram, levels)
+
+
+def check_views(
+    samples: Float[Tensor, "members n n"],
+    projector: LinearMap,
+    sinogram: Float[Tensor, "views detectors"],
+    std: float | Tensor,
+) -> ViewCheck:
+    """Compare held-out measurements with what samples of the image foretell of them.
+
+    Args:
+        samples: images that were fitted without these views.
+        projector: that of the held-out views, as `projector.subset(held)`.
+        sinogram: the held-out measurements.
+        std: standard deviation of their noise, one or one for every measurement.
+
+    Shapes: samples (members, n, n), sinogram (views, detectors), std () or (views, detectors).
+    Raises: InputError for fewer samples than two, shapes that do not fit, numbers that are not finite, and
+        noise that is not above 0.
+    Holds: exactly.
+    """
+    _several(samples)
+    projected = projector.A(samples).double()
+    if sinogram.shape != projected.shape[1:] or not sinogram.numel():
+        raise InputError(
+            f"the sinogram of these views has to be {tuple(projected.shape[1:])} and not empty, "
+            f"not {tuple(sinogram.shape)}"
+        )
+    if not sinogram.isfinite().all():
+        raise InputError("held-out measurements have to be finite, but some are NaN or infinite")
+    noise = torch.as_tensor(std, dtype=projected.dtype, device=projected.device)
+    if noise.shape not in ((), sinogram.shape) or not ((noise > 0) & noise.isfinite()).all():
+        raise InputError(
+            "the standard deviation of noise has to be finite and above 0, one number or "
+            f"{tuple(sinogram.shape)} like the sinogram"
+        )
+    return ViewCheck(Predictive.from_samples(projected, noise.square()), sinogram.to(projected))
+
+
+@dataclass(frozen=True)
+class SpreadFactor:
+    """How many times larger the deviations of samples from their mean should be, by held-out views."""
+
+    factor: float
+    """s: 1 where samples spread as they should, above it where they are too sure of themselves."""
+    error: float
+    """Standard error of s, from leaving out one view after another; NaN with one view."""
+    gain: float
+    """Mean log likelihood of a ray at s above that at 1, in nats, on the very views that chose s."""
+    capped: bool
+    """Whether s is the largest that is looked for: the samples hardly differ where the rays miss them."""
+
+
+def spread_factor(check: ViewCheck) -> SpreadFactor:
+    """Return the factor on deviations from the mean that makes held-out measurements the most likely.
+
+        s = argmax Σ ln N(y; A m, s² v + σ²) over 0, [.01, 100]
+
+    It is a statement about sums along rays, not about structures that no held ray sees, to which `rescaled`
+    gives the same factor unchecked. What the mean, the noise level and the projector get wrong counts as
+    missing spread. The views that chose s cannot judge it; that takes others.
+
+    Raises: InputError where the samples agree on every ray.
+    Holds: to 10⁻⁶ of s, if the best of factors a third apart is beside the maximum. A perfect sampler of K
+        samples of a Gaussian tends to 1, or with few samples to at most √((1 + 1/K)(K − 1)/(K − 3)).
+    """
+    squares = (check.sinogram - check.prediction.mean).square()
+    spread, noise = check.prediction.variance, check.prediction.aleatoric
+    if not spread.any():
+        raise InputError("all samples foretell the same of the held-out views, so no factor spreads them")
+    views = range(len(squares))
+    factor = _likeliest(squares, spread, noise)
+    without = [_likeliest(*(part[_others(v, views)] for part in (squares, spread, noise))) for v in views]
+    found, one = (_log_likelihood(s, squares, spread, noise) for s in (factor, 1.0))
+    return SpreadFactor(factor, _jackknife(without), (found - one) / squares.numel(), factor >= LARGEST)
+
+
+@overload
+def rescaled(given: Tensor, factor: float, box: Box = FREE) -> Tensor: ...
+@overload
+def rescaled(given: Predictive, factor: float, box: Box = FREE) -> Predictive: ...
+def rescaled(given: Tensor | Predictive, factor: float, box: Box = FREE) -> Tensor | Predictive:
+    """Return samples, or a prediction, with all deviations from the mean multiplied.
+
+        x_k' = m + s (x_k − m), then within the box;   variance' = s² variance without a box
+
+    The noise of a prediction stays as it is. The box moves the mean where it cuts samples off, and with it
+    samples spread less than by s.
+
+    Shapes: samples (members, *size) -> (members, *size).
+    Raises: InputError for a factor that is negative or not finite, fewer samples than two, and a box for a
+        prediction without samples.
+    Holds: exactly.
+    """
+    if not 0 <= factor < math.inf:
+        raise InputError(f"deviations are multiplied by a finite number of at least 0, not {factor}")
+    if isinstance(given, Tensor):
+        _several(given)
+        mean = given.mean(0)
+        return clamped(mean + factor * (given - mean), box)
+    samples = given.samples
+    moved = None if samples is None else given.mean + factor * (samples - given.mean)
+    if box == FREE:
+        return Predictive(given.mean, factor**2 * given.variance, given.noise, moved)
+    if moved is None:
+        raise InputError("a prediction without samples cannot be kept in a box; give samples, or no box")
+    return Predictive.from_samples(clamped(moved, box), given.noise)
+
+
+def conformal_bands(scores: Float[Tensor, " groups *entries"], level: float) -> float:
+    """Return how many standard deviations hold a share of the entries of a new group, in expectation.
+
+        t = the ⌈q (n + 1) D⌉-th smallest |score| of n groups of D entries;   |y − A m| ≤ t √(v + σ²)
+
+    With z as (views, detectors) every view is a group, and a new view that was not fitted either is assumed
+    to be exchangeable with the held ones. Flattened, every ray is a group of its own: D = 1, the usual split
+    conformal quantile. That allows more levels, but rays of one view err together, which breaks its
+    assumption.
+
+    Shapes: (groups, *entries) -> (), the unit that of the scores.
+    Raises: InputError for a level outside (0, 1) or above n/(n + 1), no scores, NaN, and where no finite t
+        will do.
+    Holds: E[share of a new group within t] ≥ q over draws of all groups, if they are exchangeable; no promise
+        once the scores are given.
+    Source: Angelopoulos, Bates, Fisch, Lei, Schuster 2022, arXiv 2208.02814; D = 1: Vovk, Gammerman, Shafer
+        2005, doi 10.1007/b106715.
+    """
+    if scores.ndim == 0 or scores.numel() == 0 or scores.isnan().any():
+        raise InputError("conformal bands need scores (groups, …), at least one and none of them NaN")
+    if not 0 < level < 1:
+        raise InputError(f"the level of conformal bands has to lie between 0 and 1, not {level}")
+    groups, total = len(scores), scores.numel()
+    rank = math.ceil(level * (groups + 1) * (total // groups) * (1 - 1e-12))
+    if rank > total:
+        raise InputError(
+            f"{groups} groups allow levels up to {groups}/{groups + 1} = {groups / (groups + 1):.3g}, "
+            f"not {level}"
+        )
+    found = float(scores.abs().flatten().kthvalue(rank).values)
+    if not math.isfinite(found):
+        share = float(scores.isinf().double().mean())
+        raise InputError(
+            f"no multiple of the standard deviation reaches the level {level}: it is 0 at {share:.3g} of all "
+            "entries although they are wrong there"
+        )
+    return found
+
+
+def image_conformal(predictions: Sequence[Predictive], truths: Sequence[Tensor], level: float) -> float:
+    """Return the multiple of the standard-deviation map that holds a share of a new image's pixels.
+
+        |x − m| ≤ t std,  t by `conformal_bands` of the scores |x − m|/std, every image a group
+
+    This needs true images, reconstructed alike from scans of the same kind. A pixel without spread whose mean
+    is right is held by every t.
+
+    Shapes: predictions and truths (rows, columns), all alike -> ().
+    Raises: InputError for numbers of predictions and truths that differ or are 0, different shapes, and as
+        `conformal_bands`: n images allow levels up to n/(n + 1).
+    Holds: E[share of pixels held] ≥ level over draws of all images, if they are exchangeable; no promise for
+        any one image, or any one place in it.
+    Source: Angelopoulos, Bates, Fisch, Lei, Schuster 2022, arXiv 2208.02814.
+    """
+    if len(predictions) != len(truths) or not truths:
+        raise InputError(
+            f"there has to be one true image for every prediction, not {len(truths)} for {len(predictions)}"
+        )
+    shapes = {tuple(image.shape) for image in (*truths, *(one.mean for one in predictions))}
+    if len(shapes) > 1:
+        raise InputError(f"images to calibrate with have to be of one shape, not {sorted(shapes)}")
+    scores = [_score(one, truth) for one, truth in zip(predictions, truths, strict=True)]
+    return conformal_bands(torch.stack(scores), level)
+
+
+def _score(prediction: Predictive, truth: Tensor) -> Tensor:
+    """Give |x − m|/std, 0 where both are 0."""
+    error = (truth - prediction.mean).abs()
+    return torch.where(error > 0, error / prediction.std, error)
+
+
+def _likeliest(squares: Tensor, spread: Tensor, noise: Tensor) -> float:
+    """Give s by grids in ln s, each around the best of the one before."""
+    low, high, best = math.log(SMALLEST), math.log(LARGEST), 0
+    steps: list[float] = []
+    for _ in range(ZOOMS):
+        steps = [low + (high - low) * k / (GRID - 1) for k in range(GRID)]
+        likelihoods = [_log_likelihood(math.exp(step), squares, spread, noise) for step in steps]
+        best = max(range(GRID), key=likelihoods.__getitem__)
+        low, high = steps[max(best - 1, 0)], steps[min(best + 1, GRID - 1)]
+    factor = min(math.exp(steps[best]), LARGEST)
+    none, found = (_log_likelihood(s, squares, spread, noise) for s in (0.0, factor))
+    return factor if found > none else 0.0
+
+
+def _log_likelihood(factor: float, squares: Tensor, spread: Tensor, noise: Tensor) -> float:
+    """Give Σ ln N(y; A m, s² v + σ²), but for a constant."""
+    total = factor**2 * spread + noise
+    return -0.5 * float((total.log() + squares / total).sum())
+
+
+def _others(view: int, views: Sequence[int]) -> list[int]:
+    return [other for other in views if other != view]
+
+
+def _jackknife(estimates: Sequence[float]) -> float:
+    """Give the standard error of an estimate from those without one part each."""
+    count = len(estimates)
+    if count < 2:
+        return math.nan
+    mean = sum(estimates) / count
+    return math.sqrt((count - 1) / count * sum((one - mean) ** 2 for one in estimates))
+
+
+def _several(samples: Tensor) -> None:
+    if samples.ndim < 3 or len(samples) < 2 or not samples.is_floating_point():
+        raise InputError(
+            "error bars need at least 2 samples (members, n, n) of floating-point numbers, "
+            f"not {tuple(samples.shape)} of {samples.dtype}"
+        )
+    if not samples.isfinite().all():
+        raise InputError("samples of an image have to be finite, but some hold NaN or infinity")

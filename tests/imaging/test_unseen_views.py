@@ -1,0 +1,377 @@
+"""Error bars judged by views that were not fitted: exact posteriors, and groups that are exchangeable."""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gramian.bayes.linear_gaussian import GaussianPosterior, exact_posterior
+from gramian.core.predictive import Predictive
+from gramian.errors import InputError
+from gramian.imaging.geometry import ParallelBeam, evenly
+from gramian.imaging.radon import Projector
+from gramian.imaging.unseen_views import (
+    LARGEST,
+    ViewCheck,
+    check_views,
+    conformal_bands,
+    hold_out,
+    image_conformal,
+    rescaled,
+    spread_factor,
+)
+
+F64 = torch.float64
+SIDE, STD = 12, 0.3
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=F64)
+
+
+@cache
+def scan() -> tuple[Projector, tuple[int, ...], tuple[int, ...]]:
+    whole = Projector(ParallelBeam(evenly(10), SIDE, 18), dtype=F64)
+    return whole, *hold_out(10, 0.4, seed=1)
+
+
+@cache
+def prior() -> Tensor:
+    """Return the covariance of images that are smooth over two pixels."""
+    at = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)).double()
+    return (-0.5 * torch.cdist(at, at).square() / 4).exp() + 1e-4 * torch.eye(SIDE**2, dtype=F64)
+
+
+def matrix(projector: Projector) -> Tensor:
+    unit = torch.eye(SIDE**2, dtype=F64).unflatten(-1, (SIDE, SIDE))
+    return projector.A(unit).flatten(1).mT
+
+
+@cache
+def posteriors(count: int = 30) -> tuple[list[GaussianPosterior], Tensor]:
+    """Return exact posteriors given the kept views of that many scans, and the held-out measurements."""
+    whole, kept, held = scan()
+    truth = normal(count, SIDE**2, seed=3) @ torch.linalg.cholesky(prior()).mT
+    exact = whole.A(truth.unflatten(-1, (SIDE, SIDE)))
+    measured = exact + STD * normal(*exact.shape, seed=4)
+    rows = matrix(whole.subset(kept))
+    known = [exact_posterior(rows, y[list(kept)].flatten(), STD**2, prior()) for y in measured]
+    return known, measured[:, list(held)]
+
+
+def checks(members: int, stretch: float = 1.0) -> list[ViewCheck]:
+    whole, _, held = scan()
+    part, (known, measured) = whole.subset(held), posteriors()
+    found = []
+    for seed, (one, y) in enumerate(zip(known, measured, strict=True)):
+        samples = one.sample(members, generator(seed)).unflatten(-1, (SIDE, SIDE))
+        found.append(check_views(rescaled(samples, stretch), part, y, STD))
+    return found
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    found = torch.tensor(values, dtype=F64)
+    return float(found.mean()), float(found.std() / math.sqrt(len(found)))
+
+
+def test_the_foretold_law_is_the_exact_one() -> None:
+    whole, _, held = scan()
+    (known, measured), check = posteriors(), checks(4000)[0]
+    exact = known[0].predict(matrix(whole.subset(held)), STD**2)
+    foretold = check.prediction
+    torch.testing.assert_close(foretold.total.flatten(), exact.total, rtol=0.15, atol=1e-3)
+    assert float(((foretold.mean.flatten() - exact.mean) / exact.std).abs().max()) < 0.08
+    assert torch.equal(check.sinogram, measured[0])
+    z = (measured[0].flatten() - exact.mean) / exact.std
+    assert check.chi_square == pytest.approx(float(z.square().mean()), rel=0.05)
+    nll = 0.5 * (z.square() + (2 * math.pi * exact.total).log()).mean()
+    assert check.nll == pytest.approx(float(nll), abs=0.02)
+    assert float((exact.variance > STD**2).double().mean()) > 0.3  # the spread matters here
+
+
+def test_an_exact_posterior_is_found_right_and_others_are_not() -> None:
+    right, narrow, wide = checks(200), checks(200, 1 / 3), checks(200, 3.0)
+    mean, error = mean_and_error([one.chi_square for one in right])
+    assert abs(mean - 1.02) < 3 * error  # 1.02: of 200 samples
+    assert error < 0.1
+    assert mean_and_error([one.misfit for one in right])[0] > 1.5  # control: noise alone is too little
+    assert mean_and_error([one.chi_square for one in narrow])[0] > 1.5
+    assert mean_and_error([one.chi_square for one in wide])[0] < 0.5
+    scores = [mean_and_error([one.nll for one in some])[0] for some in (right, narrow, wide)]
+    assert scores[0] == min(scores)
+    covered = [torch.stack([one.coverage() for one in some]).mean(0) for some in (right, narrow, wide)]
+    levels = torch.linspace(0.05, 0.95, 19, dtype=F64)
+    assert float((covered[0] - levels).abs().mean()) < 0.03
+    assert float((covered[1] - levels).mean()) < -0.05
+    assert float((covered[2] - levels).mean()) > 0.05
+
+
+def test_the_factor_undoes_what_was_done_to_the_spread() -> None:
+    factors = [spread_factor(one) for one in checks(200)]
+    mean, error = mean_and_error([one.factor for one in factors])
+    assert abs(mean - 1) < 3 * error + 0.02
+    assert error < 0.06
+    stated = math.sqrt(sum(one.error**2 for one in factors) / len(factors))
+    spread = error * math.sqrt(len(factors))
+    assert 0.5 < stated / spread < 2.5  # four views say roughly how uncertain the factor is
+    for stretch in (1 / 3, 2.0):
+        for one, other in zip(factors, checks(200, stretch), strict=True):
+            found = spread_factor(other)
+            assert found.factor * stretch == pytest.approx(one.factor, rel=1e-5)
+            assert not found.capped
+            assert found.gain >= 0
+    assert mean_and_error([spread_factor(one).factor for one in checks(200, 1 / 3)])[0] > 2.7
+
+
+def test_few_samples_inflate_no_more_than_stated() -> None:
+    members = 8
+    bound = (1 + 1 / members) * (members - 1) / (members - 3)
+    law = Predictive.from_samples(normal(members, 3, 40_000), 1e-6)
+    pure = ViewCheck(law, normal(3, 40_000, seed=1))
+    assert pure.chi_square == pytest.approx(bound, rel=0.02)
+    assert spread_factor(pure).factor == pytest.approx(math.sqrt(bound), rel=0.01)
+    few, many = checks(members), checks(200)
+    more = [one.chi_square - other.chi_square for one, other in zip(few, many, strict=True)]
+    mean, error = mean_and_error(more)
+    assert 2 * error < mean < bound - 1
+    assert mean_and_error([spread_factor(one).factor for one in few])[0] < math.sqrt(bound)
+    levels = torch.linspace(0.05, 0.95, 19, dtype=F64)
+    drawn = torch.stack([one.drawn_coverage(generator(7)) for one in few]).mean(0)
+    mixed = torch.stack([one.coverage() for one in few]).mean(0)
+    assert float((drawn - levels).abs().mean()) < 0.03
+    assert float(mixed[-1]) < float(drawn[-1]) - 0.02  # control: eight samples and their noise are too narrow
+
+
+def test_the_factor_is_the_maximum_of_the_likelihood() -> None:
+    check = checks(20)[3]
+    found = spread_factor(check).factor
+    squares, p = (check.sinogram - check.prediction.mean).square(), check.prediction
+
+    def likelihood(s: float) -> float:
+        return float(
+            Predictive.gaussian(p.mean, s**2 * p.variance + p.aleatoric).log_likelihood(check.sinogram).sum()
+        )
+
+    tried = torch.linspace(0.0, 4.0, 400).tolist()
+    assert likelihood(found) >= max(map(likelihood, tried))
+    rate = p.variance * (squares - found**2 * p.variance - p.aleatoric)
+    slope = rate / (found**2 * p.variance + p.aleatoric).square()
+    assert abs(float(slope.sum())) < 1e-4 * float(slope.abs().sum())
+    gain = (likelihood(found) - likelihood(1.0)) / squares.numel()
+    assert spread_factor(check).gain == pytest.approx(gain, rel=1e-9, abs=1e-12)
+
+
+def test_factors_at_their_ends() -> None:
+    exact = torch.zeros(4, 3, 5, dtype=F64)
+    exact[:2] += 1e-3
+    sure = ViewCheck(Predictive.from_samples(exact, 1e-4), torch.full((3, 5), 1.0, dtype=F64))
+    found = spread_factor(sure)
+    assert (found.factor, found.capped) == (pytest.approx(LARGEST, rel=1e-6), True)
+    spread = normal(50, 3, 5)
+    hit = ViewCheck(Predictive.from_samples(spread, 1.0), spread.mean(0))
+    assert spread_factor(hit) == (found := spread_factor(hit))
+    assert (found.factor, found.error, found.capped) == (0.0, 0.0, False)
+    one_view = ViewCheck(Predictive.from_samples(spread[:, :1], 1.0), normal(1, 5, seed=3))
+    assert math.isnan(spread_factor(one_view).error)
+    with pytest.raises(InputError, match="foretell the same"):
+        spread_factor(ViewCheck(Predictive.from_samples(exact[:2], 1.0), exact[0]))
+
+
+def test_order_of_samples_changes_nothing() -> None:
+    whole, _, held = scan()
+    part, y = whole.subset(held), posteriors()[1][0]
+    samples = posteriors()[0][0].sample(9, generator(2)).unflatten(-1, (SIDE, SIDE))
+    one, other = (check_views(some, part, y, STD) for some in (samples, samples.flip(0)))
+    torch.testing.assert_close(one.z, other.z, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one.coverage(), other.coverage())
+    assert spread_factor(one).factor == pytest.approx(spread_factor(other).factor, rel=1e-5)
+    every = torch.full(y.shape, STD, dtype=F64)
+    assert torch.equal(check_views(samples, part, y, every).z, one.z)
+    single = Projector(part.geometry)
+    rough = check_views(samples.float(), single, y.float(), STD)
+    assert rough.z.dtype == F64
+    torch.testing.assert_close(rough.z, one.z, rtol=1e-3, atol=1e-3)
+
+
+def test_what_no_ray_sees_is_not_judged() -> None:
+    whole, _, held = scan()
+    part, y = whole.subset(held), posteriors()[1][0]
+    samples = posteriors()[0][0].sample(30, generator(2))
+    values, vectors = torch.linalg.eigh(matrix(part).mT @ matrix(part))
+    unseen = vectors[:, values < 1e-9 * values[-1]]
+    assert unseen.shape[1] > 20
+    wrong = samples + 100 * (samples @ unseen) @ unseen.mT
+    one, other = (check_views(some.unflatten(-1, (SIDE, SIDE)), part, y, STD) for some in (samples, wrong))
+    assert other.chi_square == pytest.approx(one.chi_square, rel=1e-4)
+    assert spread_factor(other).factor == pytest.approx(spread_factor(one).factor, rel=1e-3)
+    assert float(wrong.var(0).mean() / samples.var(0).mean()) > 100
+
+
+def test_deviations_are_multiplied() -> None:
+    samples = torch.rand(6, 4, 4, generator=generator(), dtype=F64)
+    twice = rescaled(samples, 2.0)
+    torch.testing.assert_close(twice.mean(0), samples.mean(0))
+    torch.testing.assert_close(twice.std(0), 2 * samples.std(0))
+    assert torch.equal(rescaled(samples, 0.0), samples.mean(0).expand(6, 4, 4))
+    boxed = rescaled(samples, 3.0, (0.0, 1.0))
+    assert torch.equal(boxed, rescaled(samples, 3.0).clamp(0, 1))
+    noise = torch.full((4, 4), 0.1, dtype=F64)
+    prediction = Predictive.from_samples(samples, noise)
+    wide = rescaled(prediction, 2.0)
+    assert wide.samples is not None
+    torch.testing.assert_close(wide.samples, twice)
+    torch.testing.assert_close(wide.variance, 4 * prediction.variance)
+    assert torch.equal(wide.aleatoric, noise)
+    kept = rescaled(prediction, 3.0, (0.0, 1.0))
+    torch.testing.assert_close(kept.mean, boxed.mean(0))
+    torch.testing.assert_close(kept.variance, boxed.var(0))
+    plain = rescaled(Predictive.gaussian(samples[0], 0.5, 0.1), 3.0)
+    assert plain.samples is None
+    torch.testing.assert_close(plain.total, torch.full((4, 4), 4.6, dtype=F64))
+
+
+@given(st.integers(5, 300), st.floats(0.001, 0.499), st.integers(0, 5))
+def test_held_views_are_spread_over_all(views: int, share: float, seed: int) -> None:
+    kept, held = hold_out(views, share, seed)
+    assert sorted(kept + held) == list(range(views))
+    assert 2 <= len(held) < len(kept)
+    assert abs(len(held) - share * views) <= 2
+    assert all(view * len(held) // views in (part - 1, part) for part, view in enumerate(held))
+    assert (kept, held) == hold_out(views, share, seed)
+
+
+def test_held_views_depend_on_the_seed_alone() -> None:
+    before = torch.get_rng_state()
+    assert len({hold_out(60, seed=seed)[1] for seed in range(10)}) > 5
+    assert len(hold_out(60)[1]) == 6
+    assert torch.equal(before, torch.get_rng_state())
+    counted = torch.zeros(20)
+    for seed in range(600):
+        counted[list(hold_out(20, seed=seed)[1])] += 1
+    assert float((counted / 60 - 1).abs().max()) < 0.5  # every view is drawn alike
+
+
+@pytest.mark.parametrize(
+    ("groups", "entries", "level"), [(19, 1, 0.9), (9, 1, 0.9), (6, 40, 0.8), (12, 7, 0.5)]
+)
+def test_bands_hold_their_share_of_exchangeable_groups(groups: int, entries: int, level: float) -> None:
+    """Of heavy-tailed groups, the entries of which err together."""
+    trials, covered = 3000, []
+    width = normal(trials, groups + 1, 1, seed=groups).exp()
+    z = width * normal(trials, groups + 1, entries, seed=entries)
+    for one in z:
+        covered.append(float((one[-1].abs() <= conformal_bands(one[:-1], level)).double().mean()))
+    mean, error = mean_and_error(covered)
+    assert mean > level - 3 * error
+    assert mean < level + 1 / (groups + 1) + 3 * error  # and it is not wasteful
+    if entries == 40:  # control: rays taken for exchangeable fall short of a new view
+        rays = [
+            float((one[-1].abs() <= conformal_bands(one[:-1].flatten(), level)).double().mean()) for one in z
+        ]
+        assert mean_and_error(rays)[0] < level - 3 * mean_and_error(rays)[1]
+
+
+@given(st.integers(1, 40), st.floats(0.02, 0.98))
+def test_bands_of_rays_are_the_split_conformal_rank(count: int, level: float) -> None:
+    scores = normal(count, seed=count)
+    rank = math.ceil((count + 1) * level - 1e-9)
+    if rank > count:
+        with pytest.raises(InputError, match=f"{count} groups allow levels up to {count}/{count + 1}"):
+            conformal_bands(scores, level)
+        return
+    assert conformal_bands(scores, level) == float(scores.abs().sort().values[rank - 1])
+    assert conformal_bands(scores.flip(0), level) == conformal_bands(scores, level)
+
+
+def test_levels_at_the_limit_of_few_groups() -> None:
+    z = normal(4, 10)
+    assert conformal_bands(z, 0.8) == float(z.abs().max())
+    assert conformal_bands(z[:, :1], 0.8) == float(z[:, 0].abs().max())
+    with pytest.raises(InputError, match=r"4 groups allow levels up to 4/5 = 0.8, not 0.81"):
+        conformal_bands(z, 0.81)
+
+
+def test_images_calibrate_the_images_after_them() -> None:
+    images, trials, level, covered = 9, 400, 0.9, []
+    for trial in range(trials):
+        std = normal(images + 1, 6, 5, seed=trial).exp()
+        width = 2 * normal(images + 1, 1, 1, seed=trial + trials).exp()  # images that are wronger than others
+        mean = normal(images + 1, 6, 5, seed=trial + 2 * trials)
+        truth = mean + width * std * normal(images + 1, 6, 5, seed=trial + 3 * trials)
+        known = [Predictive.gaussian(m, s.square()) for m, s in zip(mean, std, strict=True)]
+        factor = image_conformal(known[:-1], list(truth[:-1]), level)
+        covered.append(float(((truth[-1] - mean[-1]).abs() <= factor * std[-1]).double().mean()))
+    mean, error = mean_and_error(covered)
+    assert level - 3 * error < mean < level + 0.1 + 3 * error
+    with pytest.raises(InputError, match="9 groups allow levels up to 9/10"):
+        image_conformal(known[:-1], list(truth[:-1]), 0.95)
+
+
+def test_pixels_without_spread() -> None:
+    truth = torch.rand(4, 5, 5, generator=generator(), dtype=F64)
+    truth[:, :2] = 0
+    variance = (truth > 0).to(F64)
+    known = [Predictive.gaussian(torch.zeros(5, 5, dtype=F64), one) for one in variance]
+    pooled = truth.flatten().sort().values
+    assert image_conformal(known, list(truth), 0.6) == float(pooled[math.ceil(0.6 * 5 * 25) - 1])
+    wrong = [one.clone() for one in truth]
+    for one in wrong:
+        one[0] = 1.0
+    with pytest.raises(InputError, match=r"no multiple .* reaches the level 0\.79: it is 0 at 0\.2 of all"):
+        image_conformal(known, wrong, 0.79)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: hold_out(4), "needs at least 5 views, not 4"),
+        (lambda: hold_out(60, 0.5), "between 0 and 0.5, not 0.5"),
+        (lambda: hold_out(60, math.nan), "between 0 and 0.5, not nan"),
+        (lambda: check(samples=normal(1, SIDE, SIDE)), r"at least 2 samples .* not \(1, 12, 12\)"),
+        (lambda: check(samples=normal(SIDE, SIDE)), r"at least 2 samples .* not \(12, 12\)"),
+        (
+            lambda: check(samples=normal(3, SIDE, SIDE).long()),
+            r"floating-point numbers, not \(3, 12, 12\) of torch.int64",
+        ),
+        (lambda: check(samples=normal(3, SIDE, SIDE) / 0), "samples of an image have to be finite"),
+        (lambda: check(samples=normal(3, SIDE, 5)), "images of this scan are"),
+        (lambda: check(sinogram=normal(4, 17)), r"has to be \(4, 18\) and not empty, not \(4, 17\)"),
+        (lambda: check(sinogram=normal(4, 18) / 0), "measurements have to be finite"),
+        (lambda: check(std=0.0), "finite and above 0"),
+        (lambda: check(std=torch.ones(18)), r"one number or \(4, 18\) like the sinogram"),
+        (lambda: rescaled(normal(3, 4, 4), -1.0), "at least 0, not -1"),
+        (lambda: rescaled(normal(3, 4, 4), math.inf), "at least 0, not inf"),
+        (lambda: rescaled(normal(1, 4, 4), 2.0), "at least 2 samples"),
+        (
+            lambda: rescaled(Predictive.gaussian(normal(4, 4), 1.0), 2.0, (0.0, 1.0)),
+            "cannot be kept in a box",
+        ),
+        (lambda: conformal_bands(normal(3, 2), 1.0), "between 0 and 1, not 1.0"),
+        (lambda: conformal_bands(normal(0, 2), 0.5), "at least one and none of them NaN"),
+        (lambda: conformal_bands(torch.tensor([math.nan, 1.0]), 0.5), "none of them NaN"),
+        (lambda: image_conformal([], [], 0.5), "not 0 for 0"),
+        (
+            lambda: image_conformal([Predictive.gaussian(normal(3, 3), 1.0)], [normal(3, 4)], 0.5),
+            "of one shape",
+        ),
+    ],
+)
+def test_bad_input(make: object, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make()  # type: ignore[operator]
+
+
+def check(
+    samples: Tensor | None = None, sinogram: Tensor | None = None, std: float | Tensor = STD
+) -> ViewCheck:
+    whole, _, held = scan()
+    samples = normal(3, SIDE, SIDE) if samples is None else samples
+    return check_views(samples, whole.subset(held), normal(4, 18) if sinogram is None else sinogram, std)
