@@ -11,7 +11,9 @@ from a .csv file stands what boosted trees make of the fingerprints of the same 
 
 import csv
 import gzip
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Annotated
 
 import numpy as np
@@ -26,7 +28,7 @@ from gramian.tasks.graphs import Comparison, GraphsConfig, spread, train_graphs
 DEFAULT = GraphsConfig(compare=tuple(name for name in MODELS if name != GRED))
 
 
-def lines(found: Comparison, config: GraphsConfig) -> list[str]:
+def lines(found: Comparison, config: GraphsConfig, splits: int) -> list[str]:
     architecture, schedule = config.architecture, config.schedule
     side = "less" if found.metric in LOWER else "more"
     rates = ", ".join(f"{rate:g}" for rate in schedule.learning_rates)
@@ -36,7 +38,8 @@ def lines(found: Comparison, config: GraphsConfig) -> list[str]:
         f"{len(found.split.test):,} to report on. {architecture.layers} layers, filters look {found.hops} "
         f"hops far, {schedule.epochs} epochs, batches of {schedule.batch}, rates on trial {rates}, decay "
         f"{schedule.weight_decay:g}, dropout {architecture.dropout:g}, read-out {architecture.readout}, "
-        f"positions {architecture.encoding}. Mean ± standard deviation over {len(config.seeds)} seeds; "
+        f"positions {architecture.encoding}. Mean ± standard deviation over {splits} split"
+        f"{'s' * (splits > 1)} and {len(config.seeds)} seed{'s' * (len(config.seeds) > 1)} of each; "
         f"{side} {found.metric} is better; the best constant has {found.constant:.4f}.",
         "",
         f"| network | parameters | rate | test {found.metric} | validation | best epoch | seconds |",
@@ -80,12 +83,28 @@ def boosted(found: Comparison, path: Path) -> str:
     return f"| boosted trees on fingerprints | | | {np.mean(scores):.4f} | | | |"
 
 
+def over_folds(config: GraphsConfig, folds: tuple[int, ...]) -> Comparison:
+    """Train on every fold and put the outcomes of each network together."""
+    console, parts = Console(), []
+    for fold in folds:
+        source = replace(config.source, fold=fold)
+        parts.append(
+            train_graphs(
+                replace(config, source=source, name=f"{config.name}-{fold}"), resume=True, console=console
+            )
+        )
+    outcomes = {name: tuple(o for part in parts for o in part.outcomes[name]) for name in config.models}
+    return replace(parts[0], outcomes=outcomes, constant=mean(part.constant for part in parts))
+
+
 def main(
-    theme: Annotated[str, tyro.conf.Positional], config: tyro.conf.OmitArgPrefixes[GraphsConfig] = DEFAULT
+    theme: Annotated[str, tyro.conf.Positional],
+    config: tyro.conf.OmitArgPrefixes[GraphsConfig] = DEFAULT,
+    folds: tuple[int, ...] = (),
 ) -> None:
-    found = train_graphs(config, resume=True, console=Console())
+    found = over_folds(config, folds or (config.source.fold,))
     packages = {name: __import__(name).__version__ for name in ("torch_geometric",)}
-    rows, path = lines(found, config), Path(config.source.data)
+    rows, path = lines(found, config, max(len(folds), 1)), Path(config.source.data)
     if path.name.endswith(".csv.gz") and found.graphs.task == "multilabel":
         rows.append(boosted(found, path))
     write_results(theme, rows, packages)

@@ -1,11 +1,14 @@
 """Encodings of coordinates against slow loops over points, and the laws of their published forms."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
 from gramian.errors import InputError
 from gramian.nn.field import Field, image
@@ -16,9 +19,15 @@ from gramian.nn.field_encodings import (
     HashGrid,
     OctaveFeatures,
     Sine,
+    _weighed,
     coordinates,
 )
 from gramian.nn.init import initialise_
+
+Weighed = Callable[[Tensor, Tensor, Tensor], Tensor]
+FORWARD_MODE = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script.*:DeprecationWarning"
+)  # torch's own, once
 
 
 def points(count: int, seed: int = 0) -> Tensor:
@@ -175,6 +184,96 @@ def test_phases_keep_their_precision_under_autocast(encoding: Encoding) -> None:
     weight = encoding.frequencies if isinstance(encoding, FourierFeatures) else 100 * encoding.weight.detach()
     rounded = (x.bfloat16() @ weight.bfloat16().T).float() - x @ weight.T  # control: what a product would do
     assert rounded.abs().max() > 0.3
+
+
+def indexed(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """What `_weighed` returns, by indexing alone."""
+    return (weights[..., None] * table[rows.long()]).sum(-2)
+
+
+def sums() -> tuple[Tensor, Tensor]:
+    """Rows and weights of sums: of 13 rows some repeat within a sum and over sums, and two never occur."""
+    draws = torch.Generator().manual_seed(0)
+    rows = torch.randint(11, (20, 4), generator=draws, dtype=torch.int32)
+    rows[:5, 1] = rows[:5, 0]
+    return rows, torch.randn(20, 4, generator=draws, dtype=torch.float64)
+
+
+def tables(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@FORWARD_MODE
+def test_weighed_sums_have_the_value_and_all_derivatives_of_indexing() -> None:
+    (rows, weights), table = sums(), tables(13, 3).requires_grad_()
+    torch.testing.assert_close(_weighed(table, rows, weights), indexed(table, rows, weights))
+    assert torch.autograd.gradcheck(lambda t: _weighed(t, rows, weights), table, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda t: _weighed(t.sin(), rows, weights).exp(), table)
+    ours, theirs = (
+        torch.autograd.grad(f(table, rows, weights).square().sum(), table)[0] for f in (_weighed, indexed)
+    )
+    torch.testing.assert_close(ours, theirs)
+    assert (ours[-2:] == 0).all()
+    last = torch.zeros_like(ours)  # control: who does not add up repeated rows keeps one of each
+    last[rows.flatten().long()] = (weights[..., None] * 2 * indexed(table, rows, weights)[:, None]).flatten(
+        0, 1
+    )
+    assert (last - ours).abs().max() > 1
+
+
+@FORWARD_MODE
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_weighed_sums_of_many_tables_are_one_by_one(axis: int) -> None:
+    (rows, weights), many = sums(), tables(3, 13, 5).movedim(0, axis)
+
+    def energy(f: Weighed) -> Callable[[Tensor], Tensor]:
+        return lambda t: f(t, rows, weights).sin().sum()
+
+    def curvature(f: Weighed) -> Callable[[Tensor], Tensor]:
+        return lambda t: jvp(grad(energy(f)), (t,), (t.cos(),))[1]
+
+    for transform in (energy, lambda f: grad(energy(f)), curvature):
+        wanted = torch.stack([transform(indexed)(table) for table in many.unbind(axis)])
+        torch.testing.assert_close(vmap(transform(_weighed), in_dims=axis)(many), wanted)
+    given = many.clone().requires_grad_()  # as members are fitted: backward through vmap
+    (slope,) = torch.autograd.grad(vmap(energy(_weighed), in_dims=axis)(given).sum(), given)
+    torch.testing.assert_close(
+        slope, torch.stack([grad(energy(indexed))(table) for table in many.unbind(axis)], axis)
+    )
+
+
+@FORWARD_MODE
+def test_a_hash_grid_has_derivatives_by_its_points_and_maps_over_them() -> None:
+    grid = HashGrid(3, 2, 2**5, coarsest=2, finest=11, seed=0).double()
+    x = points(6)
+    torch.testing.assert_close(vmap(grid)(x), grid(x))
+    step = 1e-6 * torch.eye(2, dtype=torch.float64)
+    wanted = torch.stack([(grid(x + h) - grid(x - h)) / 2e-6 for h in step], -1)
+    slope = torch.autograd.functional.jacobian(lambda t: grid(t).sum(0), x).movedim(1, 0)
+    for found in (slope, torch.stack([jacrev(grid)(one) for one in x]), vmap(jacfwd(grid))(x)):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-9)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(grid(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    torch.testing.assert_close(dual, wanted.sum(-1), rtol=1e-5, atol=1e-9)
+    mixed = grad(lambda table: functional_call(grid, {"tables": table}, (x,)).sin().sum())(grid.tables)
+    torch.testing.assert_close(mixed, torch.autograd.grad(grid(x).sin().sum(), grid.tables)[0])
+
+
+def test_a_hash_grid_keeps_its_precision_under_autocast_and_a_step_of_a_field_goes_through() -> None:
+    field, x = Field(HashGrid(3, 2, 2**5, coarsest=2, finest=11, seed=0), 9, 1, seed=0), coordinates(8)
+    kept = field.encoding.prepare(x)
+    slopes = []
+    for low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            features, values = field.encoding.read(*kept), field.decode(*kept)
+        assert features.dtype == values.dtype == torch.float32
+        torch.testing.assert_close(features, field.encoding(x), rtol=0, atol=0)
+        slopes.append(torch.autograd.grad(values.sum(), field.encoding.tables)[0])
+    assert slopes[1].dtype == torch.float32
+    assert (slopes[0] - slopes[1]).norm() < 0.02 * slopes[0].norm()
+    assert (slopes[0] - slopes[1]).norm() > 0
+    half = field.encoding.double().read(kept[0], kept[1].float())  # coordinates may have been kept in less
+    assert half.dtype == torch.float64
 
 
 def test_bad_input() -> None:

@@ -17,6 +17,7 @@ from gramian.cli.observe import observe
 from gramian.cli.predict import predict
 from gramian.cli.prune import prune
 from gramian.cli.quantise import quantise
+from gramian.cli.reconstruct import reconstruct
 from gramian.cli.regress import regress
 from gramian.cli.train import train
 from gramian.cli.trajectory import trajectory
@@ -36,6 +37,7 @@ COMMANDS = {
     "prune": prune,
     "regress": regress,
     "graphs": graphs,
+    "reconstruct": reconstruct,
     "verify": verify,
     "list": list_names,
 }

@@ -233,9 +233,12 @@ class Picture(nn.Module):
 
     def forward(self) -> Float[Tensor, "rows columns"]:
         """Return the image."""
-        half = _Half(self.field, self.keep)
+        call = self.field.decode if self.keep else self.field
+        if under_transform():
+            return self._placed(self._in_chunks(call))
         # the parameters of this call: a chunk is computed again after functional_call has taken its own back
-        state = {**dict(half.named_parameters()), **dict(half.named_buffers())}
+        held = (*self.field.named_parameters(), *self.field.named_buffers())
+        state, half = {f"field.{name}": value for name, value in held}, _Half(self.field, self.keep)
         return self._placed(self._in_chunks(lambda *parts: functional_call(half, state, parts)))
 
     def members(

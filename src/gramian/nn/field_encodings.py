@@ -9,6 +9,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import embedding, embedding_bag, linear
 
@@ -309,7 +310,7 @@ def _weighed(
 
 def _fixed(x: Tensor) -> bool:
     """Whether a tensor is the same number by number for all derivatives and maps that are being taken."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    wrapped = is_functorch_wrapped_tensor(x)
     return not (wrapped or x.requires_grad or forward_ad.unpack_dual(x).tangent is not None)
 
 

@@ -1,0 +1,131 @@
+"""Settings of classical methods chosen by unseen views: against a search through all of them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gramian.errors import InputError
+from gramian.imaging.classical import METHODS
+from gramian.imaging.quality import psnr
+from gramian.tasks import classical_choice
+from gramian.tasks.classical_choice import FIXED, MOST, PATIENCE, VARIATIONS, reconstruct
+from gramian.tasks.observed_views import Observed
+from tasks.small_scans import phantom_scan, seen
+
+ITERATED = tuple(MOST)
+VARIED = ("fista_tv", "pdhg_tv")
+SEEK, FINAL = 20, 30
+
+
+@pytest.fixture(autouse=True)
+def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classical_choice, "SEEK", SEEK)
+    monkeypatch.setattr(classical_choice, "FINAL", FINAL)
+
+
+def kept_by(name: str, observed: Observed, **chosen: Any) -> Tensor:
+    """The method's image of the kept views."""
+    rays = observed.kept
+    return METHODS[name](rays.projector, rays.sinogram, **FIXED.get(name, {}), **chosen)
+
+
+def searched(name: str, observed: Observed, unseen: bool) -> int:
+    """The best number of iterations among all, each run by itself."""
+    judge = observed.unseen if unseen else observed.kept
+    assert judge is not None
+    found = [
+        float(judge.misfit(kept_by(name, observed, iterations=k)))
+        for k in range(1, classical_choice.MOST[name] + 1)
+    ]
+    scores = found if unseen else [abs(value - 1) for value in found]
+    return 1 + min(range(len(scores)), key=scores.__getitem__)
+
+
+@pytest.mark.parametrize("name", ITERATED)
+def test_iterations_are_those_that_predict_unseen_views_best(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classical_choice, "MOST", {name: min(MOST[name], 40)})
+    observed = seen(share=0.1)
+    found = reconstruct(name, observed)
+    assert found.settings == {"iterations": searched(name, observed, unseen=True)}
+    rays = observed.all  # the image itself is of all views
+    wanted = METHODS[name](rays.projector, rays.sinogram, **FIXED.get(name, {}), **found.settings)
+    assert torch.equal(found.image, wanted)
+    assert not torch.equal(found.image, kept_by(name, observed, **found.settings))
+    assert (found.name, found.seconds > 0) == (name, True)
+
+
+@pytest.mark.parametrize("name", ["sirt", "cgls"])
+def test_without_unseen_views_residuals_end_at_the_noise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classical_choice, "MOST", {name: 60})
+    observed = seen(share=0.1).whole
+    found = reconstruct(name, observed)
+    assert found.settings == {"iterations": searched(name, observed, unseen=False)}
+    assert float(observed.all.misfit(found.image)) == pytest.approx(1, abs=0.15)
+    assert found.settings["iterations"] < 60
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_the_weight_of_variation_is_the_one_that_predicts_unseen_views_best(name: str) -> None:
+    observed = seen(share=0.05)
+    assert observed.unseen is not None
+    variance = float(observed.all.std.square().mean())
+    misfits = {
+        nats: float(observed.unseen.misfit(kept_by(name, observed, weight=nats * variance, iterations=SEEK)))
+        for nats in VARIATIONS
+    }
+    found = reconstruct(name, observed)
+    best = min(misfits, key=misfits.__getitem__)
+    assert set(found.settings) == {"weight", "iterations"}
+    assert found.settings["weight"] == pytest.approx(best)
+    assert found.settings["iterations"] == FINAL
+    assert misfits[best] < 0.9 * max(misfits.values())  # control: the choice matters
+    rays = observed.all
+    wanted = METHODS[name](rays.projector, rays.sinogram, best * variance, FINAL, box=(0.0, 1.0))
+    torch.testing.assert_close(found.image, wanted, rtol=0, atol=1e-5)
+    middle = reconstruct(name, observed.whole).settings
+    assert middle == {"weight": pytest.approx(8.0), "iterations": FINAL}
+
+
+def test_nothing_is_chosen_for_filtered_backprojection() -> None:
+    found = reconstruct("fbp", seen())
+    assert found.settings == {}
+    assert ((found.image >= 0) & (found.image <= 1)).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_images_are_in_units_of_the_peak(name: str) -> None:
+    """A scan whose unit is another is the same reconstruction."""
+    one, other = (reconstruct(name, seen(peak=peak)) for peak in (1.0, 0.02))
+    torch.testing.assert_close(one.image, other.image, rtol=0, atol=2e-3)
+    assert one.settings == pytest.approx(other.settings, rel=1e-5)
+    assert psnr(one.image, phantom_scan().truth) > 17
+    assert not one.image.requires_grad
+
+
+def test_choices_end_when_nothing_gets_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    cgls = METHODS["cgls"]
+
+    def counted(*given: Any, callback: Any = None, **more: Any) -> Tensor:
+        def watch(step: int, image: Tensor) -> object:
+            calls.append(step)
+            return callback(step, image)
+
+        return cgls(*given, callback=watch if callback else None, **more)
+
+    monkeypatch.setitem(METHODS, "cgls", counted)
+    found = reconstruct("cgls", seen(share=0.1))
+    assert calls[-1] == found.settings["iterations"] + PATIENCE < MOST["cgls"]
+
+
+def test_bad_input() -> None:
+    for call in (
+        lambda: reconstruct("sirt2", seen()),
+        lambda: classical_choice.check_classical(("fbp", "sirt2")),
+    ):
+        with pytest.raises(InputError, match="unknown method 'sirt2'; choose one of fbp, sirt, sart"):
+            call()
