@@ -32,6 +32,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/pruning.py
 	$(BIN)/python benchmarks/graphs.py
 	$(BIN)/python benchmarks/projector.py
+	$(BIN)/python benchmarks/field_speed.py
 
 # The report's browser test runs when Chromium is there (Debian: as root).
 browser:

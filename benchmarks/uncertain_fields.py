@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--variation", type=float, default=Fit.variation)
+    parser.add_argument("--variation", type=float, default=8.0)
     parser.add_argument("--dropout", type=float, default=Network.dropout)
     parser.add_argument(
         "--around", nargs="*", default=["last_layer", "laplace", "variational"], choices=AROUND

@@ -23,6 +23,7 @@ def programs(page: str, heading: str) -> list[str]:
     [
         ("ntk_ensemble.md", "## From Python"),
         ("pac_pruning.md", "## From Python"),
+        ("ct_field.md", "## From Python"),
         ("frameworks.md", "## scikit-learn"),
         ("frameworks.md", "## The trajectory of a training"),
         ("frameworks.md", "## PyTorch Geometric"),

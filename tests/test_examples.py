@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+LONG = ("infinitely_deep_kernels", "long_range_graphs_with_pyg")
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def marked(path: Path) -> object:
+    return pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in LONG else ())
+
+
+@pytest.mark.parametrize("path", map(marked, EXAMPLES))
 def test_example(path: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -198,7 +198,7 @@ def test_the_finish_goes_on_from_the_best_with_all_views(tmp_path: Path) -> None
     assert "unseen_misfit" not in begun
     assert (last.steps, last.best, last.misfit, last.job) == (30, 30, None, job)
     assert observed.all.misfit(shown(last)) <= observed.all.misfit(shown(first))
-    energy = observed.all.energy(job.fit.variation)
+    energy = observed.all.energy(job.fit.weight)
     assert energy(shown(last)) <= energy(shown(first))
     assert equal(parameters(finish(first, observed, tmp_path / "finish", QUIET)), parameters(last))
 

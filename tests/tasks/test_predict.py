@@ -228,6 +228,7 @@ def test_report(tmp_path) -> None:
         write_report(prediction, PredictConfig(output=tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_an_overflow_is_written_as_null(tmp_path) -> None:
     config = PredictConfig(name="residual", depth=1100, networks=0, output=tmp_path / "out")
     prediction = predict(config)

@@ -23,6 +23,7 @@ SYSTEMS = (
     "trajectory_geometry",
     "pac_pruning",
     "distance_filtering",
+    "ct_field",
 )
 
 TABLES = ("start_table", "path_table", "table")
@@ -41,6 +42,7 @@ def verify(
     tables: tuple[Path, ...] = (),
     series: tuple[Path, ...] = (),
     graphs: Path | None = None,
+    scans: tuple[Path, ...] = (),
     runs: Path = Path("runs"),
     steps: int | None = None,
     seeds: tuple[int, ...] = (),
@@ -51,12 +53,12 @@ def verify(
 
     Args:
         system: simplified_block, outlier_features, shortcut_free, scaled_resnet, shaped_transformer,
-            ntk_ensemble, trajectory_geometry, pac_pruning or distance_filtering.
+            ntk_ensemble, trajectory_geometry, pac_pruning, distance_filtering or ct_field.
         setting: quick takes minutes to an hour or two on two cores; decoder and encoder (simplified_block),
             codeparrot and opt (outlier_features), wikitext (shortcut_free), cifar10, cifar100 and tiny
             (scaled_resnet), encoder (shaped_transformer), tables (ntk_ensemble), pythia
-            (trajectory_geometry), zinc, peptides, pattern and cluster (distance_filtering) are the published
-            settings, mnist (pac_pruning) a longer one.
+            (trajectory_geometry), zinc, peptides, pattern and cluster (distance_filtering) and aapm
+            (ct_field) are the published settings, mnist (pac_pruning) a longer one.
         text: text to train on; the Python standard library when none is given.
         images: images to train on, .npz or MNIST's format (scaled_resnet, ntk_ensemble,
             trajectory_geometry, pac_pruning); scikit-learn's digits when not given.
@@ -65,6 +67,7 @@ def verify(
         series: folders of checkpoints, one for each model of a family (trajectory_geometry, pythia).
         graphs: a file or folder of graphs, as `gramian graphs` reads them (distance_filtering; zinc and
             peptides need it).
+        scans: images to project, .npy or .dcm (ct_field; aapm needs them).
         runs: folder of run folders.
         steps: optimiser steps; a few minutes' worth when not given.
         seeds: repetitions; three when not given.
@@ -73,9 +76,16 @@ def verify(
         raise InputError(f"unknown system {system!r}; choose {', '.join(SYSTEMS)}")
     module = importlib.import_module(f"gramian.systems.{system}")
     config = module.quick() if setting == "quick" else module.paper(setting)
-    files = {"text": text, "images": images, "tables": tables, "series": series, "graphs": graphs}
+    files = {
+        "text": text,
+        "images": images,
+        "tables": tables,
+        "series": series,
+        "graphs": graphs,
+        "scans": scans,
+    }
     if hasattr(config, "job"):
-        for kind in ("tables", "series", "graphs"):
+        for kind in ("tables", "series", "graphs", "scans"):
             if files[kind]:
                 raise InputError(f"{system} reads no {kind}")
         job = replace(config.job, runs=runs, data=_data(system, config.job.data, text, images))

@@ -87,7 +87,7 @@ def given(
 ) -> Config:
     """Return the settings with slices to project, the number of steps and the repetitions as asked.
 
-    Raises: InputError for published settings without slices.
+    Raises: InputError for published settings without slices, and fewer than two reconstructions.
     """
     if not scans and not config.scans:
         raise InputError("the published settings need slices: give images in .npy or .dcm by --scans")
@@ -95,6 +95,10 @@ def given(
     chosen = tuple(Source(scan=str(path), views=views) for path in scans) or config.scans
     fitting = config.study.fit if steps is None else replace(config.study.fit, steps=steps)
     repeated = tuple(seeds) or config.study.seeds
+    if len(chosen) * len(repeated) < 2:
+        raise InputError(
+            "means over scans and seeds need two of either at least: give more --scans or --seeds"
+        )
     return replace(config, scans=chosen, study=replace(config.study, fit=fitting, seeds=repeated), runs=runs)
 
 
@@ -109,7 +113,7 @@ def run(config: Config, console: Console | None = None) -> Result:
 
 
 def check(result: Result) -> list[Finding]:
-    """Set what was measured against the claim; samples with a third of their spread are the control."""
+    """Set what was measured against the claim; the ensemble is the control, whose error bars have to fail."""
     dropout, ensemble = result.of(DROPOUT), result.of(result.ensemble)
     near = [
         Finding(f"PSNR with dropout above {name} (dB)", *_above(dropout, result.of(name)), AS_NEAR, False)

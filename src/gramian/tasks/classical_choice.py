@@ -78,6 +78,14 @@ def reconstruct(name: str, observed: Observed) -> Classical:
     return Classical(name, image, _said(chosen, rays), seconds, misfit)
 
 
+def chosen_variation(observed: Observed) -> float | None:
+    """Return the weight with which FISTA-TV predicts the unseen views best, in nats; None without any."""
+    if observed.unseen is None:
+        return None
+    with torch.no_grad():
+        return float(_said(_chosen("fista_tv", observed), observed.all)["weight"])
+
+
 def _chosen(name: str, observed: Observed) -> dict[str, Any]:
     if name in MOST:
         return {"iterations": _iterations(name, observed)}

@@ -10,7 +10,7 @@ from torch import Tensor
 from gramian.core.predictive import Predictive
 from gramian.errors import InputError
 from gramian.imaging.unseen_views import check_views, rescaled, spread_factor
-from gramian.tasks.classical_choice import check_classical, reconstruct
+from gramian.tasks.classical_choice import check_classical, chosen_variation, reconstruct
 from gramian.tasks.field_fits import Fit, Fitted, Job, Network, finish, fit
 from gramian.tasks.image_doubt import Doubt, draw
 from gramian.tasks.observed_views import Observed, observe
@@ -107,13 +107,14 @@ def _classical(observed: Observed, names: Sequence[str]) -> Iterator[Row]:
 
 def _fields(observed: Observed, seed: int, config: FieldStudy, folder: Path) -> Iterator[Row]:
     settings, console = replace(config.fit, seed=seed), Console(quiet=True)
+    variation = None if settings.variation is not None else chosen_variation(observed)
     pixels = Job(pixels=True, fit=replace(settings, steps=PIXEL_STEPS * settings.steps))
-    judged, grid = _fitted(pixels, observed, folder / "pixels", console)
+    judged, grid = _fitted(pixels.weighed(variation), observed, folder / "pixels", console)
     seconds = judged.seconds + grid.seconds
     yield _of_image("pixels + TV", grid.members(1)[0].detach(), observed, seconds)
     for masks in (False, True):
         job = Job(members=config.doubt.members, dropout=masks, network=config.network, fit=settings)
-        fits = _fitted(job, observed, folder / ("dropout" if masks else "plain"), console)
+        fits = _fitted(job.weighed(variation), observed, folder / ("dropout" if masks else "plain"), console)
         seconds, count = sum(each.seconds for each in fits), job.members
         alone = first(fits[0], observed), first(fits[1], observed)
         if masks:

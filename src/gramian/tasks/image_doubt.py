@@ -242,7 +242,7 @@ def _laplace(
 
 def _log_likelihood(fitted: Fitted, observed: Observed) -> Callable[[Call], Tensor]:
     """Return the log density of the rays and of the image's roughness, given the picture."""
-    energy = observed.kept.energy(fitted.job.fit.variation)
+    energy = observed.kept.energy(fitted.job.fit.weight)
     return lambda picture: -energy(picture())
 
 

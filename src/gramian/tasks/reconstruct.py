@@ -13,7 +13,7 @@ from torch import Tensor
 from gramian.core.predictive import Predictive
 from gramian.errors import InputError, StoppedError
 from gramian.imaging.unseen_views import SpreadFactor, ViewCheck, check_views, rescaled, spread_factor
-from gramian.tasks.classical_choice import Classical, check_classical, reconstruct
+from gramian.tasks.classical_choice import Classical, check_classical, chosen_variation, reconstruct
 from gramian.tasks.field_fits import BEST, Fit, Fitted, Job, Network, best_members, finish, fit
 from gramian.tasks.image_doubt import Doubt, Drawn, draw
 from gramian.tasks.language import run_folder
@@ -178,11 +178,25 @@ def reconstructed(
         with console.status(f"reconstructing by {config.method}"):
             own = reconstruct(config.method, observed)
         return Reconstruction(observed, own.image, None, beside, None, None, None, None, folder, own=own)
+    job = config.job.weighed(_variation(config, observed, beside, console))
     try:
-        return _fitted(config, observed, beside, folder, console)
+        return _fitted(config, job, observed, beside, folder, console)
     except StoppedError:
-        _keep_best(config.job, observed, folder, console)
+        _keep_best(job, observed, folder, console)
         raise
+
+
+def _variation(
+    config: ReconstructConfig, observed: Observed, beside: tuple[Classical, ...], console: Console
+) -> float | None:
+    """Return the weight of total variation that unseen views choose for FISTA-TV, where one is needed."""
+    if config.fit.variation is not None or observed.unseen is None:
+        return None
+    known = [each.settings["weight"] for each in beside if each.name == "fista_tv"]
+    if known:
+        return float(known[0])
+    with console.status("choosing the weight of total variation"):
+        return chosen_variation(observed)
 
 
 def _beside(config: ReconstructConfig, observed: Observed, console: Console) -> tuple[Classical, ...]:
@@ -202,13 +216,14 @@ def _beside(config: ReconstructConfig, observed: Observed, console: Console) -> 
 
 def _fitted(
     config: ReconstructConfig,
+    job: Job,
     observed: Observed,
     beside: tuple[Classical, ...],
     folder: Path,
     console: Console,
 ) -> Reconstruction:
     """Fit an image, judge it by the unseen views, go on with all views and draw samples."""
-    fitted = before = fit(config.job, observed, folder / "fit", console)
+    fitted = before = fit(job, observed, folder / "fit", console)
     check = spread = None
     if (unseen := observed.unseen) is not None:
         if config.doubt.uncertainty != "none":

@@ -131,7 +131,8 @@ def _fitted(found: Reconstruction, config: ReconstructConfig) -> list[str]:
         what = f"{fields} fields ({config.network.encoding})"
     said = (
         f"{what} of {size:,} parameters{' each' * (fields > 1)} {'were' if fields > 1 else 'was'} fitted to "
-        f"{_count(len(found.observed.kept_views), 'view')} by {before.steps:,} steps"
+        f"{_count(len(found.observed.kept_views), 'view')} with total variation "
+        f"{number(before.job.fit.weight, 3)} by {before.steps:,} steps"
     )
     if before.misfit is not None:
         said += f", best at step {before.best:,} by the unseen views"
