@@ -28,7 +28,7 @@ def command(line: str) -> list[str]:
         "verify": "--steps 2 --seeds 0 1",
         "regress": "--steps 10 --members 2 --widths 8",
         "graphs": "--sizes 12 6 6 --epochs 1 --parameters 3000 --layers 1",
-        "reconstruct": "--steps 6 --size 24 --views 20 --samples 4 --compare fbp",
+        "reconstruct": "--steps 6 --size 32 --samples 4 --compare fbp",
         "prune": "--steps 4 --posterior-steps 2 --train-steps 4 --widths 8 --draws 50 --count 200",
     }.get(arguments[0], "")
     return [sys.executable, "-m", "gramian", *arguments, *shlex.split(smaller)]

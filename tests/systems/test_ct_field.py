@@ -75,7 +75,7 @@ def test_spoiled_results_fail() -> None:
         "error of coverage with dropout above the ensemble's, as drawn"
     ]
     sure = failing(spoiled(ENSEMBLE, raw=scores(0.0)))
-    assert "coverage of an ensemble's 95 % intervals, as drawn" in sure
+    assert "coverage of an ensemble's 50 % intervals, as drawn" in sure
 
 
 def test_the_table_has_a_row_for_every_method() -> None:
