@@ -10,7 +10,19 @@ from rich.console import Console
 from gramian.cli.main import run as command
 from gramian.errors import InputError
 from gramian.imaging.quality import LEVELS, Calibration
-from gramian.systems.ct_field import DROPOUT, PIXELS, Config, Result, check, given, paper, quick, run, table
+from gramian.systems.ct_field import (
+    DROPOUT,
+    PIXELS,
+    PLAIN,
+    Config,
+    Result,
+    check,
+    given,
+    paper,
+    quick,
+    run,
+    table,
+)
 from gramian.tasks.field_fits import Fit, Network
 from gramian.tasks.field_study import FieldStudy, Row
 from gramian.tasks.image_doubt import Doubt
@@ -44,6 +56,7 @@ ROWS = [
         ("sirt", 33.0),
         ("fista_tv", 34.2),
         (PIXELS, 34.0),
+        (PLAIN, 34.3),
         (ENSEMBLE, 34.3, 0.3, 0.1),
         (DROPOUT, 34.1 + seed / 10, 0.2, 0.03),
     )
@@ -62,14 +75,15 @@ def spoiled(name: str, **changes: object) -> Result:
 
 def test_a_sound_result_holds() -> None:
     assert failing(SOUND) == []
-    assert len(check(SOUND)) == 3 + 3
+    assert len(check(SOUND)) == 3 + 4
 
 
 def test_spoiled_results_fail() -> None:
-    assert failing(spoiled("fista_tv", psnr=36.0)) == ["PSNR with dropout above fista_tv (dB)"]
-    assert failing(spoiled(PIXELS, psnr=36.0)) == [f"PSNR with dropout above {PIXELS} (dB)"]
+    assert failing(spoiled("fista_tv", psnr=36.0)) == ["PSNR of a field above fista_tv (dB)"]
+    assert failing(spoiled(PIXELS, psnr=36.0)) == [f"PSNR of a field above {PIXELS} (dB)"]
+    assert failing(spoiled(DROPOUT, psnr=32.0)) == ["PSNR with dropout above without (dB)"]
     assert failing(spoiled(DROPOUT, scaled=scores(0.2))) == [
-        "error of coverage with dropout, spread by unseen views"
+        "coverage of 95 % intervals with dropout, spread"
     ]
     assert failing(spoiled(DROPOUT, raw=scores(0.4))) == [
         "error of coverage with dropout above the ensemble's, as drawn"
@@ -80,7 +94,7 @@ def test_spoiled_results_fail() -> None:
 
 def test_the_table_has_a_row_for_every_method() -> None:
     found = {each["method"]: each for each in table(SOUND)}
-    assert list(found) == ["fbp", "sirt", "fista_tv", PIXELS, ENSEMBLE, DROPOUT]
+    assert list(found) == ["fbp", "sirt", "fista_tv", PIXELS, PLAIN, ENSEMBLE, DROPOUT]
     assert found[DROPOUT]["PSNR (dB)"] == "34.15"
     assert found[DROPOUT]["error, spread"] == "0.030"
     assert found["fbp"]["error as drawn"] == ""
@@ -98,7 +112,7 @@ def test_a_tiny_run_ends_and_makes_no_fit_again(tmp_path: Path) -> None:
     scans = tuple(Source(scan=name, size=16, views=20) for name in ("ellipses", "phantom"))
     config = Config(scans=scans, study=study, runs=tmp_path)
     result = run(config, QUIET)
-    assert len(check(result)) == 3 + 3
+    assert len(check(result)) == 3 + 4
     assert len({r.name for r in result.rows}) == 2 + 3 + 2 + 2
     fits = sorted(tmp_path.rglob("best.safetensors"))
     assert len(fits) == 2 * 3 * 2

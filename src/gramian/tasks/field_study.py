@@ -95,7 +95,7 @@ def study(scans: Sequence[Scan], config: FieldStudy, folder: Path, console: Cons
             names = config.classical if seed == config.seeds[0] else ()
             for row in (*_classical(observed, names), *_fields(observed, seed, config, place)):
                 rows.append(row)
-                console.print(f"{scan.name}, seed {seed}: {row.text()}", highlight=False, markup=False)
+                console.print(f"{row.scan}, seed {seed}: {row.text()}", highlight=False, markup=False)
     return rows
 
 
@@ -144,7 +144,7 @@ def first(fitted: Fitted, observed: Observed) -> Fitted:
 def _of_image(name: str, image: Tensor, observed: Observed, seconds: float) -> Row:
     scan = observed.scan
     scores = image_scores(image.cpu(), _truth(scan))
-    return Row(name, scan.name, 0, scores.psnr, scores.ssim, seconds)
+    return Row(name, _said(scan), 0, scores.psnr, scores.ssim, seconds)
 
 
 def _drawn(
@@ -168,7 +168,7 @@ def _drawn(
     image = image_scores(laws[1].mean, truth)
     return Row(
         name,
-        observed.scan.name,
+        _said(observed.scan),
         fits[0].job.fit.seed,
         image.psnr,
         image.ssim,
@@ -178,6 +178,10 @@ def _drawn(
         factor,
         last.notes,
     )
+
+
+def _said(scan: Scan) -> str:
+    return f"{scan.name}, {len(scan.sinogram)} views"
 
 
 def _truth(scan: Scan) -> Tensor:
