@@ -15,7 +15,7 @@ def marked(path: Path) -> object:
     return pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in LONG else ())
 
 
-@pytest.mark.parametrize("path", map(marked, EXAMPLES))
+@pytest.mark.parametrize("path", [marked(path) for path in EXAMPLES])
 def test_example(path: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -85,6 +85,6 @@ def doubt_scores(prediction: Predictive, truth: Float[Tensor, "n n"]) -> DoubtSc
 
 
 def peak_of(truth: Float[Tensor, "n n"]) -> float:
-    """Return what scores take for an image's peak: 1 of images within [0, 1], else the largest value."""
+    """Return the peak that scores take: 1 where an image reaches from ½ to 1, else its largest value."""
     largest = float(torch.as_tensor(truth).max())
     return 1.0 if 0.5 <= largest <= 1 else largest
