@@ -10,11 +10,11 @@ from torch import Tensor
 from gramian.core.predictive import Predictive
 from gramian.errors import InputError
 from gramian.imaging.unseen_views import check_views, rescaled, spread_factor
+from gramian.imaging.variation import UNIT
 from gramian.tasks.classical_choice import check_classical, chosen_variation, reconstruct
 from gramian.tasks.field_fits import Fit, Fitted, Job, Network, finish, fit
 from gramian.tasks.image_doubt import Doubt, draw
 from gramian.tasks.observed_views import Observed, observe
-from gramian.tasks.reconstruct import UNIT_BOX
 from gramian.tasks.reconstruction_scores import DoubtScores, doubt_scores, image_scores
 from gramian.tasks.scans import Scan
 
@@ -164,7 +164,7 @@ def _drawn(
     )
     factor = spread_factor(check_views(judged.samples, unseen.projector, unseen.sinogram, unseen.std)).factor
     raw = last.samples.cpu()
-    laws = [Predictive.from_samples(each) for each in (raw, rescaled(raw, factor, UNIT_BOX))]
+    laws = [Predictive.from_samples(each) for each in (raw, rescaled(raw, factor, UNIT))]
     image = image_scores(laws[1].mean, truth)
     return Row(
         name,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from gramian.bayes.convergence import bulk_size, r_hat
 from gramian.bayes.flat import Call, log_posterior
 from gramian.bayes.hmc import HMCConfig, around, sample
 from gramian.bayes.laplace import last_layer_posterior, linearised_posterior
@@ -188,8 +189,6 @@ def _chains(
 
 def _convergence(images: Float[Tensor, "chains draws n n"], value: Tensor) -> dict[str, float]:
     """Return R̂ and effective sizes of what matters, the pixels, and of the log density."""
-    from gramian.bayes.convergence import bulk_size, r_hat
-
     pixels = images.flatten(2).double()
     pixels = pixels[..., pixels.flatten(0, 1).std(0) > 0]
     if images.shape[1] < 4 or not pixels.numel():

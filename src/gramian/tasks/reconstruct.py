@@ -13,6 +13,7 @@ from torch import Tensor
 from gramian.core.predictive import Predictive
 from gramian.errors import InputError, StoppedError
 from gramian.imaging.unseen_views import SpreadFactor, ViewCheck, check_views, rescaled, spread_factor
+from gramian.imaging.variation import UNIT
 from gramian.tasks.classical_choice import Classical, check_classical, chosen_variation, reconstruct
 from gramian.tasks.field_fits import BEST, Fit, Fitted, Job, Network, best_members, finish, fit
 from gramian.tasks.image_doubt import Doubt, Drawn, draw
@@ -31,7 +32,6 @@ from gramian.train.run import open_run
 
 FITTED = ("field", "pixels")
 """Methods that are fitted by gradients and have an uncertainty."""
-UNIT_BOX = (0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +237,7 @@ def _fitted(
     image, prediction = drawn.samples[0], None
     if len(drawn.samples) > 1:
         factor = spread.factor if spread is not None and config.recalibrate else 1.0
-        prediction = Predictive.from_samples(rescaled(drawn.samples, factor, UNIT_BOX))
+        prediction = Predictive.from_samples(rescaled(drawn.samples, factor, UNIT))
         image = prediction.mean
     return Reconstruction(
         observed, image, prediction, beside, fitted, drawn, check, spread, folder, before=before
