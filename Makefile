@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 TEXT ?=
 
-.PHONY: demo test test-all lint bench browser clean
+.PHONY: demo test test-all lint bench crashes fuzz audit browser clean
 
 demo: .venv/installed-user
 	$(BIN)/gramian compare --name demo --overwrite
@@ -34,6 +34,24 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/projector.py
 	$(BIN)/python benchmarks/field_speed.py
 
+# A hundred kills of each job that can be resumed; half an hour on a quiet core.
+crashes: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/crashes.py --kills 100
+
+# 10⁵ hostile files for every loader, in limited processes; an hour on two quiet cores.
+fuzz: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --count 100000 --write
+
+# Known advisories of everything that is installed, in an environment of its own; fails where it cannot ask.
+audit: .venv/installed-dev .audit/installed
+	$(BIN)/python -m pip list --format=freeze --exclude-editable | sed 's/+[A-Za-z0-9.]*$$//' > .audit/packages.txt
+	.audit/bin/pip-audit --strict --disable-pip --no-deps --requirement .audit/packages.txt
+
+.audit/installed:
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet "pip-audit>=2.9"
+	touch $@
+
 # The report's browser test runs when Chromium is there (Debian: as root).
 browser:
 	apt-get install -y chromium
@@ -50,4 +68,4 @@ browser:
 	touch $@ .venv/installed-user
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .audit .pytest_cache .ruff_cache

@@ -26,9 +26,9 @@ from gramian.tasks.image_doubt import Doubt
 from gramian.tasks.scans import Scan
 
 
-def scans(folder: Path, size: int, views: int, count: int) -> list[Scan]:
-    """Return test slices as scans, with the published noise."""
-    truths, side = slices(folder, "test_*.npy", size, count), padded(size)
+def scans(folder: Path, pattern: str, size: int, views: int, count: int) -> list[Scan]:
+    """Return slices as scans, with the published noise."""
+    truths, side = slices(folder, pattern, size, count), padded(size)
     beam = ParallelBeam(evenly(views), size, side)
     found = []
     for number, (truth, sinogram) in enumerate(zip(truths, measured(truths, views) * side, strict=True)):
@@ -82,14 +82,18 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=60)
     parser.add_argument("--slices", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--variation", type=float, default=8.0)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--finish", type=float, default=Fit.finish)
+    parser.add_argument("--variation", type=float, help="chosen by unseen views when not given")
     parser.add_argument("--dropout", type=float, default=Network.dropout)
     parser.add_argument(
         "--around", nargs="*", default=["last_layer", "laplace", "variational"], choices=AROUND
     )
     parser.add_argument("--warmup", type=int, default=Doubt.warmup)
     parser.add_argument("--prior-precision", type=float, default=Doubt.prior_precision)
+    parser.add_argument("--pattern", default="test_*.npy", help="of the slices' names")
+    parser.add_argument("--single", action="store_true", help="no ensembles")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "auto"])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--runs", type=Path, default=Path("runs/uncertain-fields"))
     given = parser.parse_args()
@@ -97,18 +101,20 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     config = FieldStudy(
         network=Network(dropout=given.dropout),
-        fit=Fit(steps=given.steps, device="cpu", variation=given.variation),
+        fit=Fit(steps=given.steps, finish=given.finish, device=given.device, variation=given.variation),
         doubt=Doubt(warmup=given.warmup, prior_precision=given.prior_precision),
+        ensembles=not given.single,
         around=tuple(given.around),
         seeds=tuple(given.seeds),
     )
-    measurements = scans(given.data, given.size, given.views, given.slices)
+    measurements = scans(given.data, given.pattern, given.size, given.views, given.slices)
     rows = study(measurements, config, given.runs / f"{given.size}-{given.views}", Console(soft_wrap=True))
-    count = f"{given.slices} test slices, seeds {', '.join(map(str, given.seeds))}"
+    count = f"{given.slices} slices {given.pattern}, seeds {', '.join(map(str, given.seeds))}"
+    weight = "as unseen views choose" if given.variation is None else f"{given.variation:g}"
     head = [
         f"{given.size} × {given.size} pixels, {given.views} views, noise of {DECIBEL:g} dB, {count}: mean ± "
-        f"standard deviation over both. Fields: hash grids, {given.steps} steps and {Fit.finish:g} as many "
-        f"with all views, total variation {given.variation:g}, dropout {given.dropout:g}; {Doubt.samples} "
+        f"standard deviation over both. Fields: hash grids, {given.steps} steps and {given.finish:g} as many "
+        f"with all views, total variation {weight}, dropout {given.dropout:g}; {Doubt.samples} "
         "samples where they are drawn. Seconds are of fit and samples, of one field a fifth of five's.",
         "",
         "Errors of calibration are means over levels 0 to .95: honest is by ranks where truth or a sample is "

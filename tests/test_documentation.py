@@ -27,6 +27,7 @@ def programs(page: str, heading: str) -> list[str]:
         ("frameworks.md", "## scikit-learn"),
         ("frameworks.md", "## The trajectory of a training"),
         ("frameworks.md", "## PyTorch Geometric"),
+        ("scale_out.md", "## From Python"),
     ],
 )
 def test_programs_run(page: str, heading: str, tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """Ensembles against plain PyTorch, one module after the other."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -334,3 +337,19 @@ def test_bad_input() -> None:
         fit_ensemble(network, X, 1e200 * Y, CONFIG, optimiser=torch.optim.SGD)
     with pytest.raises(InputError, match="ntkgp_lin"):
         fit_heteroscedastic(lambda: mlp(2, 2), X, Y, changed(method="ntkgp_lin", prior=None))
+
+
+@pytest.mark.parametrize("lost", ["losses", "config", "likelihood", "trainable"])
+def test_a_file_that_lacks_a_part_of_it_is_refused(lost: str, tmp_path) -> None:
+    path = tmp_path / "ensemble.safetensors"
+    fit_ensemble(network, X, Y[:, 0], changed(steps=1)).save(path)
+    with safe_open(path, "pt") as file:
+        described, tensors = json.loads(file.metadata()["gramian"]), load_file(path)
+    tensors.pop(lost, None)
+    described.pop(lost, None)
+    save_file(tensors, path, {"gramian": json.dumps(described)})
+    with pytest.raises(InputError, match="does not hold the ensemble that it describes"):
+        Ensemble.load(path, network)
+    save_file(tensors, path, {"gramian": "[]"})
+    with pytest.raises(InputError, match="holds no ensemble"):
+        facts_of(path)

@@ -103,14 +103,24 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, story, capsys) -
     assert run([*arguments, "--overwrite"]) == 0
 
 
-def test_an_unreadable_checkpoint_is_named(tmp_path, story, capsys) -> None:
+def test_unreadable_checkpoints_are_named_and_the_one_before_is_used(tmp_path, story, capsys) -> None:
     arguments = small("train", tmp_path, story, "--name", "one")
     assert run(arguments) == 0
-    weights = max((tmp_path / "runs" / "one" / "checkpoints").rglob("model.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-10])
+    place = tmp_path / "runs" / "one" / "checkpoints"
+    *_, before, last = sorted(place.rglob("model.safetensors"))
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-10])
+    capsys.readouterr()
+    assert run([*arguments, "--resume"]) == 0
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "cannot be read" in line]
+    assert note.startswith(f"gramian: note: {last} cannot be read")
+    assert f"{before.parent.name.lstrip('step-0')} is used" in note
+    assert last.read_bytes() == whole  # the step was taken again
+    for each in place.rglob("step-*/model.safetensors"):
+        each.write_bytes(b"")
     said = failure([*arguments, "--resume"], capsys)
-    assert str(weights) in said
-    assert "cannot be read" in said
+    assert str(last) in said
+    assert "no checkpoint in" in said
 
 
 def test_divergence_says_the_step_and_keeps_the_last_good_checkpoint(tmp_path, story, capsys) -> None:

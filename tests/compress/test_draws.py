@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from gramian.compress import draws
 from gramian.compress.chains import steps_of
-from gramian.compress.draws import MaskedLoss, draw_outputs, error_reader
+from gramian.compress.draws import MaskedLoss, draw_outputs, error_reader, skip_draws
 from gramian.compress.masks import add_masks, masks_of, originals_of, set_mode
 from gramian.compress.scores import grasp, snip
 from gramian.compress.structures import Columns, Patterns, Rows, Weights
@@ -218,3 +218,17 @@ def test_refusals():
     with pytest.raises(InputError, match="evaluation"):
         draw_outputs(model.train(), rows(2, 8), 3, seeded())
     assert masks_of(model)
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+@pytest.mark.parametrize("structure", [Weights(), Rows(), Patterns(1, 2)])
+@pytest.mark.parametrize("make", [mlp, cnn])
+def test_skipped_draws_leave_the_stream_where_draws_do(make, structure, gaussian) -> None:
+    model, x = make(), rows(5, 8) if make is mlp else rows(5, 2, 2, 2)
+    add_masks(model, structure=structure, weights="gaussian" if gaussian else "frozen", probability=0.6)
+    one, other = seeded(3), seeded(3)
+    draw_outputs(model, x, 7, one, elements=300)
+    skip_draws(model, x, 7, other, elements=300)
+    assert torch.equal(one.get_state(), other.get_state())
+    skip_draws(model, x, 7, other, elements=300)  # control: it does move
+    assert not torch.equal(one.get_state(), other.get_state())

@@ -438,7 +438,7 @@ def test_an_array_that_claims_more_than_the_file_holds(tmp_path: Path) -> None:
 def test_a_file_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, LAID_OUT)
     monkeypatch.setattr(os, "sysconf", lambda name: 8)
-    with pytest.raises(InputError, match=r"more than the 0\.0 GiB of memory"):
+    with pytest.raises(InputError, match=r"a\.npz holds would need .* and there are 64 bytes"):
         load_graphs(path)
     monkeypatch.undo()
     assert len(load_graphs(path)) == 3

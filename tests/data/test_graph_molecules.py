@@ -277,3 +277,17 @@ def test_all_peptides() -> None:
     with np.load(MOLECULES / "peptides_splits.npz") as file:
         assert torch.equal(found.y, torch.from_numpy(file["labels"]).float())
         assert torch.equal(split.test, torch.from_numpy(file["test"]).long())
+
+
+def test_a_smiles_that_takes_long_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.smi"
+    path.write_text("CCO\n" + "C" * 10_001 + "\n")
+    with pytest.raises(InputError, match=r"line 2: a SMILES of 10,001 characters; 10,000 are accepted"):
+        load_molecules(path, "HeavyAtomCount")
+
+
+def test_a_gzipped_bomb_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.smi.gz"
+    path.write_bytes(gzip.compress(b"C\n" * 2**20))
+    with pytest.raises(InputError, match="would unpack to"):
+        load_molecules(path, "HeavyAtomCount")

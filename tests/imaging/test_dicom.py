@@ -330,3 +330,20 @@ def test_numpy_files_are_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "many.npz", values)
     with pytest.raises(InputError, match="mark of one array"):
         read_array(tmp_path / "many.npz")
+
+
+def test_an_array_whose_header_would_not_fit_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    for version in (2, 3):
+        path.write_bytes(b"\x93NUMPY" + bytes((version, 0)) + b"\xff\xff\xff\xff{'descr': '<f8'}")
+        with pytest.raises(InputError, match="its header is too long"):
+            read_array(path)
+
+
+def test_an_array_that_numpy_crashes_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    for shape, kind in (("(-1,)", "|V0"), ("(-1,)", "<f8"), ("(3,)", "|S0")):
+        header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+        path.write_bytes(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(24))
+        with pytest.raises(InputError, match="an array"):
+            read_array(path)

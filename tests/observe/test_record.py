@@ -1,3 +1,4 @@
+import errno
 import math
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_a_write_torn_anywhere_costs_only_its_own_row(record: Record):
         assert again.read() == [*survives, {"step": 99}]
 
 
-@pytest.mark.parametrize("tail", [b"\0\0\0\0", b"\xff\xfe{", b"12\n", b'{"step": \n', b"\n"])
+@pytest.mark.parametrize("tail", [b"\0\0\0\0", b"\xff\xfe{", b"12\n", b'{"step": \n', b"\n", b"[" * 100_000])
 def test_other_damage_at_the_end(record: Record, tail: bytes):
     with record.path.open("ab") as file:
         file.write(tail)
@@ -75,8 +76,9 @@ def test_a_failed_write_is_mended_by_the_next(record: Record, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(OSError, match="no space") as caught:
             record.append({"step": 20})
+        assert caught.value.filename == str(record.path)
     record.append({"step": 30})
     assert record.read() == [*ROWS, {"step": 30}]
 
@@ -84,7 +86,7 @@ def test_a_failed_write_is_mended_by_the_next(record: Record, monkeypatch: pytes
 def test_damage_elsewhere_is_named(record: Record):
     lines = record.path.read_bytes().splitlines(keepends=True)
     record.path.write_bytes(lines[0] + lines[1][:9] + b"\n" + lines[2])
-    with pytest.raises(InputError, match=r"readings\.jsonl, line 2, is damaged"):
+    with pytest.raises(InputError, match=r"readings\.jsonl, line 2, is damaged.*--overwrite"):
         record.read()
     with pytest.raises(InputError, match="line 2"):
         record.keep_first(5)
@@ -92,9 +94,9 @@ def test_damage_elsewhere_is_named(record: Record):
 
 def test_truncation_keeps_the_first_rows(record: Record):
     record.append({"step": 20})
-    record.keep_first(10)
+    assert record.keep_first(10) == [*ROWS, {"step": 20}]
     assert record.read() == [*ROWS, {"step": 20}]
-    record.keep_first(2)
+    assert record.keep_first(2) == ROWS[:2]
     assert record.read() == ROWS[:2]
     record.append({"step": 11})
     assert record.read() == [*ROWS[:2], {"step": 11}]
@@ -110,6 +112,19 @@ def test_truncation_heals_a_torn_end(record: Record):
     assert record.read() == ROWS
     record.append({"step": 20})
     assert record.read() == [*ROWS, {"step": 20}]
+
+
+def test_a_disk_that_does_not_take_the_rows_is_told(record: Record, monkeypatch: pytest.MonkeyPatch):
+    Record(record.path.with_name("none.jsonl")).sync()
+    record.sync()
+
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", broken)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        record.sync()
+    assert caught.value.filename == str(record.path)
 
 
 def test_refuses_what_json_cannot_hold(record: Record):

@@ -293,3 +293,21 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     points(tmp_path)[1].write_bytes(b"cut")
     with pytest.raises(InputError, match="step-00000001"):
         read_sketches(tmp_path)
+
+
+@pytest.mark.parametrize("spoil", ["missing", "shape", "groups"])
+def test_points_without_the_sketches_that_they_announce(tmp_path: Path, spoil: str) -> None:
+    recorder = TrajectoryRecorder(nn.Linear(8, 4), tmp_path, size=64)
+    paths = [recorder.record(step) for step in range(2)]
+    for path in paths if spoil == "groups" else paths[1:]:
+        tensors, about = load_file(path), metadata(path)
+        name = next(iter(tensors))
+        if spoil == "missing":
+            tensors["other"] = tensors.pop(name)
+        elif spoil == "shape":
+            tensors[name] = tensors[name][:-1].clone()
+        else:
+            about["groups"] = '["weights"]'
+        save_file(tensors, path, about)
+    with pytest.raises(InputError, match="sketches"):
+        read_sketches(tmp_path)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -437,3 +438,30 @@ def test_what_is_stored_says_what_it_is(safe: Path):
     stored = open_weights([safe])["b"]
     assert isinstance(stored, InFile)
     assert (stored.name, stored.shape, stored.dtype, stored.numel) == ("b", (5,), torch.bfloat16, 5)
+
+
+def repacked(path: Path, changed: dict[str, bytes], kind: int = zipfile.ZIP_STORED) -> Path:
+    """Write the archive of torch.save again, with some of its records changed."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, content in records.items():
+            archive.writestr(name, changed.get(name.partition("/")[2], content))
+    return path
+
+
+def test_archives_that_torch_has_not_written_are_refused(tmp_path: Path):
+    path = tmp_path / "a.pt"
+    torch.save({"a": drawn(64)}, path)
+    with pytest.raises(InputError, match=r"an entry of .* is compressed"):
+        open_weights([repacked(path, {}, zipfile.ZIP_DEFLATED)])
+    torch.save({"a": drawn(64)}, path)
+    with pytest.raises(InputError, match="at no multiple of its elements' size"):
+        open_weights([repacked(path, {"byteorder": b"little"})])  # none of its records is aligned any more
+
+
+def test_more_elements_than_the_file_holds_are_refused(tmp_path: Path):
+    path = tmp_path / "a.pt"
+    torch.save({"a": drawn(1).expand(10**12)}, path)
+    with pytest.raises(InputError, match=r"announces 1,000,000,000,000 elements of a, more than it holds"):
+        open_weights([path])

@@ -47,6 +47,7 @@ def test_a_run_learns_and_leaves_all_that_is_needed_to_use_it(config) -> None:
     assert result["validation_loss"] < 0.6 * entropy
     names = {path.name for path in run.folder.iterdir()}
     assert names == {
+        ".lock",
         "settings.json",
         "config.json",
         "generation_config.json",
@@ -116,9 +117,11 @@ def test_damaged_runs_are_named(config) -> None:
     with pytest.raises(InputError, match="already holds a run"):
         train(config, console=QUIET)
     weights = checkpoints(run.checkpoints)[-1].folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
     with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
         trained_model(run)
+    weights.write_bytes(whole)
     model = json.loads((run.folder / "config.json").read_text())
     (run.folder / "config.json").write_text(json.dumps({**model, "model_type": "mint"}))
     with pytest.raises(InputError, match="does not describe a transformer"):

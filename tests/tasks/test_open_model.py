@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -432,3 +433,22 @@ def test_opening_writes_nothing_and_leaves_the_logging_as_it_was(folders) -> Non
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"n_layer": 10**9},
+            "asks for num_hidden_layers = 1,000,000,000, and the weights are|asks for n_layer",
+        ),
+        ({"n_embd": 2**20}, r"describes a model of [\d,]+ numbers, and the weights have"),
+        ({"vocab_size": 10**18}, "cannot be built|describes a model of"),
+        ({"n_positions": 2**20}, r"describes a model of [\d,]+ numbers"),
+        ({"architectures": 3}, "does not describe a model"),
+        ({"architectures": [{}]}, "does not describe a model"),
+    ],
+)
+def test_a_configuration_of_absurd_size_is_refused_before_it_is_built(folder, changes, words) -> None:
+    edit(folder / "config.json", **changes)
+    assert re.search(words, refusal(folder))

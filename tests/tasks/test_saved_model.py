@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -166,3 +167,21 @@ def test_a_checkpoint_of_another_block_is_named(runs, tmp_path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="is not a tokenizer"):
         tokenizer_of(open_saved(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"depth": 10**7}, "describes .* parameters or more, and the weights in"),
+        ({"vocabulary": 10**8}, "describes .* parameters or more, and the weights in"),
+        ({"width": "x"}, "does not describe a transformer of ours: width is 'x'"),
+        ({"causal": 1}, "does not describe a transformer of ours: causal is '1'"),
+        ({"decay": 10**400}, "does not describe a transformer of ours: decay is"),
+    ],
+)
+def test_a_description_of_another_size_is_refused_before_it_is_built(runs, tmp_path, changes, words) -> None:
+    folder = shutil.copytree(runs["causal"].folder, tmp_path / "run")
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, **changes}))
+    with pytest.raises(InputError, match=words):
+        trained_model(open_saved(folder))

@@ -328,7 +328,7 @@ def test_tensorboard_files_are_written_on_request(tmp_path) -> None:
 
 
 def test_a_missing_extra_is_named(monkeypatch) -> None:
-    monkeypatch.setattr("gramian.train.loop.find_spec", lambda name: None)
+    monkeypatch.setattr("gramian.train.settings.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r'pip install "gramian\[tensorboard\]"'):
         replace(SETTINGS, tensorboard=True).check()
     SETTINGS.check()

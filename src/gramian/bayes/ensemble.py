@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gramian.bayes.classification import Classifier, calibrated, centred_one_hot, split
 from gramian.bayes.fitting import ADAM, LIKELIHOODS, Optimiser
 from gramian.bayes.job import prepared, solved, trained
+from gramian.bayes.lots import ensemble_in_lots
 from gramian.bayes.members import RECIPES, EnsembleConfig, Make, noisy, seed_of, source_of
 from gramian.bayes.stack import Stack, joined
 from gramian.bayes.trained import Ensemble
@@ -28,6 +29,7 @@ def fit_ensemble(
     progress: Callable[[int], None] = lambda step: None,
     *,
     share: tuple[int, int] = (0, 1),
+    together: int | None = None,
     optimiser: Optimiser = ADAM,
     auxiliary: nn.Module | None = None,
 ) -> Ensemble:
@@ -52,7 +54,8 @@ def fit_ensemble(
     kernel of its Jacobian: it is not trained, and costs (N O)³ or, for more than 10 000 rows times outputs,
     conjugate gradients. `auxiliary` is a network to take θ_aux of all members of ntkgp_lin from, such as a
     trained one. `share` (rank, world) trains every world-th member from `rank` on, with the numbers that one
-    process would give them: `join` puts the parts together.
+    process would give them: `join` puts the parts together. With `together`, so many members at most are one
+    stack, and the processes of `gramian.ranks` share the stacks.
 
     Shapes: x (n, …), y (n) or (n, O).
     Raises: InputError for data that are not finite or do not fit, settings out of range, and a network
@@ -62,6 +65,11 @@ def fit_ensemble(
     Source: He, Lakshminarayanan, Teh 2020, arXiv 2007.05864; rp: Osband, Aslanides, Cassirer 2018, arXiv
         1806.03335; deep_ensemble: Lakshminarayanan, Pritzel, Blundell 2017, arXiv 1612.01474.
     """
+    if together is not None:
+        more = {"optimiser": optimiser, "auxiliary": auxiliary}
+        return _in_lots(
+            lambda lot: fit_ensemble(make, x, y, config, progress, share=lot, **more), config, share, together
+        )
     job = prepared(make, x, y, config, "squared_error", share, auxiliary)
     variance = job.y.new_tensor(config.noise_variance if job.noisy else 0.0)
     targets = noisy(job.y, variance, config.seed, job.numbers)
@@ -78,6 +86,7 @@ def fit_heteroscedastic(
     progress: Callable[[int], None] = lambda step: None,
     *,
     share: tuple[int, int] = (0, 1),
+    together: int | None = None,
     optimiser: Optimiser = ADAM,
 ) -> Ensemble:
     """Train members that give the noise variance of every row beside its mean.
@@ -96,6 +105,11 @@ def fit_heteroscedastic(
     Source: Lakshminarayanan, Pritzel, Blundell 2017, arXiv 1612.01474, with the δ of He, Lakshminarayanan,
         Teh 2020, arXiv 2007.05864.
     """
+    if together is not None:
+        return _in_lots(
+            lambda lot: fit_heteroscedastic(make, x, y, config, progress, share=lot, optimiser=optimiser),
+            config, share, together,
+        )  # fmt: skip
     job = prepared(make, x, y, config, "heteroscedastic", share, None)
     if job.solver == "exact" or job.recipe.linear:
         raise InputError(
@@ -121,6 +135,7 @@ def fit_classifier(
     progress: Callable[[int], None] = lambda step: None,
     *,
     held_out: tuple[Tensor, Tensor] | float = 0.1,
+    together: int | None = None,
     optimiser: Optimiser = ADAM,
 ) -> Classifier:
     """Train members by regression on classes, and turn them into probabilities by one temperature.
@@ -141,8 +156,16 @@ def fit_classifier(
     source = source_of(make, x, config.seed)
     classes = Stack(function(source.module("start", 0))).check(x)
     targets = centred_one_hot(labels, classes).to(source.dtype or torch.get_default_dtype())
-    ensemble = fit_ensemble(make, x, targets, config, progress, optimiser=optimiser)
+    ensemble = fit_ensemble(make, x, targets, config, progress, together=together, optimiser=optimiser)
     return calibrated(ensemble, other, known)
+
+
+def _in_lots(
+    fit: Callable[[tuple[int, int]], Ensemble], config: EnsembleConfig, share: tuple[int, int], together: int
+) -> Ensemble:
+    if share != (0, 1):
+        raise InputError(f"an ensemble is trained in lots or by shares, not both; got the share {share}")
+    return join(ensemble_in_lots(fit, config.members, together))
 
 
 def join(parts: Sequence[Ensemble]) -> Ensemble:

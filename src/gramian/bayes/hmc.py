@@ -28,6 +28,10 @@ METHODS = ("nuts", "hmc")
 """How a chain may move."""
 RECORDS = ("draws", "log_density", "acceptance", "leapfrogs")
 """What is kept of every draw."""
+WHOLE = ("settings", "done")
+"""What a state holds once; of the rest every chain has its own."""
+PLACED = ("draws", "position", "gradient", "inverse_mass", "variance_mean", "variance_squares")
+"""What of a state is where the unknowns are; the rest is on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,17 +115,18 @@ def sample(
     progress: Callable[[Progress], None] = lambda done: None,
     stop: Callable[[], bool] = lambda: False,
     resume: dict[str, Tensor] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Chains:
     """Draw from a density that is known up to a constant, by several chains at once.
 
         θ ~ π(θ)^{1/T},  ln π = log_density(θ) + constant
 
     The unknowns are one tensor or a dict of tensors, as `start` holds them with a first axis of chains;
-    log_density takes one chain's. Every chain has random numbers of its own. In the warm-up, ε comes from
-    dual averaging and M from windows (`adaptation`). `stop` is asked before every gradient; when it says so,
-    the transition that is under way is forgotten, and the chains are returned as they are. Their `state`,
-    given back as `resume` with the same settings (`samples` may grow), goes on to what an uninterrupted run
-    gives.
+    log_density takes one chain's. Every chain has random numbers of its own, by its number, which counts from
+    0 when `numbers` gives no other. In the warm-up, ε comes from dual averaging and M from windows
+    (`adaptation`). `stop` is asked before every gradient; when it says so, the transition that is under way
+    is forgotten, and the chains are returned as they are. Their `state`, given back as `resume` with the same
+    settings (`samples` may grow), goes on to what an uninterrupted run gives.
 
     Shapes: start (chains, …); log_density (…) -> ().
     Raises: InputError for settings out of range, a start at which the density is not finite, a density that
@@ -135,7 +140,13 @@ def sample(
     positions = flat.pack(start).detach()
     if len(positions) < 1:
         raise InputError("start has to hold at least one chain along its first axis")
-    run = _started(density, positions, config) if resume is None else _restored(resume, config, positions)
+    numbers = range(len(positions)) if numbers is None else numbers
+    if len(set(numbers)) != len(positions):
+        raise InputError(f"{len(positions)} chains need as many different numbers, got {list(numbers)}")
+    if resume is None:
+        run = _started(density, positions, config, numbers)
+    else:
+        run = _restored(resume, config, positions)
     while run.done < config.transitions:
         keys = [chain.generator.get_state() for chain in run.chains]
         found = _answered([_transition(chain, config, run.done) for chain in run.chains], density, stop)
@@ -175,15 +186,15 @@ class _Chain:
     variances: Variances
 
 
-def _started(density: LogDensity, positions: Tensor, config: HMCConfig) -> "_Run":
+def _started(density: LogDensity, positions: Tensor, config: HMCConfig, numbers: Sequence[int]) -> "_Run":
     chains = []
-    for number, (value, gradient) in enumerate(density(list(positions))):
+    for number, here, (value, gradient) in zip(numbers, positions, density(list(positions)), strict=True):
         if not math.isfinite(value) or not gradient.isfinite().all():
             raise InputError(
                 "the log density and its gradient have to be finite where a chain starts, but chain "
                 f"{number} starts at {value:.4g} with {int((~gradient.isfinite()).sum())} other derivatives"
             )
-        here = positions[number].clone()
+        here = here.clone()
         generator = torch.Generator().manual_seed(seed_of(config.seed, "chain", number))
         point = Point(here, torch.zeros_like(here), value, gradient)
         averaging = DualAveraging.around(config.step_size)
@@ -328,14 +339,13 @@ def _restored(state: dict[str, Tensor], config: HMCConfig, start: Tensor) -> _Ru
         raise InputError(
             f"the state to resume is {done} transitions on, beyond the {config.transitions} asked"
         )
-    placed = ("draws", "position", "gradient", "inverse_mass", "variance_mean", "variance_squares")
-    state = state | {name: state[name].to(start) for name in placed}
+    state = state | {name: state[name].to(start) for name in PLACED}
     chains = [_chain_of(state, number) for number in range(len(start))]
     return _Run(config, chains, state["divergences"].tolist(), done, {name: state[name] for name in RECORDS})
 
 
 def _chain_of(state: dict[str, Tensor], number: int) -> _Chain:
-    here = {name: value[number] for name, value in state.items() if name not in ("settings", "done")}
+    here = {name: value[number] for name, value in state.items() if name not in WHOLE}
     generator = torch.Generator()
     generator.set_state(here["generator"].cpu().clone())
     position, value = here["position"].clone(), float(here["value"])

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from gramian.errors import InputError
+from gramian.ranks import spread
 
 DrawLosses = Callable[[int, torch.Generator], Tensor]
 """Draw K hypotheses and return the loss of each on every example of the bound set, (K, n)."""
@@ -78,13 +79,16 @@ def sampled_errors(
     generator: torch.Generator,
     batch: int = 64,
     progress: Callable[[int], None] = lambda draws: None,
+    passing: Callable[[int, torch.Generator], object] | None = None,
 ) -> SampledRisk:
     """Score hypotheses that are drawn afresh, a batch at a time, each on the whole bound set.
 
         r̂_k = 1/n Σ_i ℓ(h_k, z_i),  h_k ~ Q independent
 
     Every row of losses has to be of one hypothesis on all examples: a new draw for every part of the bound
-    set is none. Every row counts alike, also of a last batch that is smaller.
+    set is none. Every row counts alike, also of a last batch that is smaller. With `passing`, which takes the
+    random numbers of K hypotheses from the generator and scores none, the processes of `gramian.ranks` share
+    the batches.
 
     Shapes: draw_losses(K, generator) (K, n), numbers or booleans.
     Raises: InputError for no draw, losses that are not (K, n) with the same n, and losses outside [0, 1].
@@ -92,9 +96,10 @@ def sampled_errors(
     """
     if draws < 1 or batch < 1:
         raise InputError(f"risks need 1 draw in batches of 1 or more, not {draws} in batches of {batch}")
-    risks: list[Tensor] = []
     n: int | None = None
-    for start in range(0, draws, batch):
+
+    def scored(start: int) -> dict[str, Tensor]:
+        nonlocal n
         count = min(batch, draws - start)
         with torch.no_grad():
             losses = bounded(draw_losses(count, generator))
@@ -103,9 +108,15 @@ def sampled_errors(
             raise InputError(
                 f"losses of {count} hypotheses have to be ({count}, {n or 'n'}), not {tuple(losses.shape)}"
             )
-        risks.append((losses.sum(1, dtype=torch.float64) / n).cpu())
         progress(start + count)
-    return SampledRisk(torch.cat(risks), n or 0)
+        return {"risks": losses.sum(1, dtype=torch.float64) / n, "n": torch.tensor(n)}
+
+    starts = range(0, draws, batch)
+    if passing is None:
+        found = [scored(start) for start in starts]
+    else:
+        found = spread(scored, starts, lambda start: passing(min(batch, draws - start), generator))
+    return SampledRisk(torch.cat([each["risks"].cpu() for each in found]), int(found[0]["n"]))
 
 
 def bounded(losses: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:

@@ -19,6 +19,7 @@ from gramian.core.jacobian import Parameters, function
 from gramian.core.predictive import Predictive
 from gramian.errors import InputError
 from gramian.files import atomic_file
+from gramian.reading import check_regular
 
 ROWS = 1024
 """Rows that go through all members at once at prediction, unless told otherwise."""
@@ -98,13 +99,29 @@ class Ensemble:
             fit.
         """
         described, tensors = _read(Path(path), torch.device(device))
+        try:
+            return cls._of(described, tensors, path, make, torch.device(device))
+        except InputError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path} does not hold the ensemble that it describes: {error}") from error
+
+    @classmethod
+    def _of(
+        cls,
+        described: dict[str, Any],
+        tensors: dict[str, Tensor],
+        path: Path | str,
+        make: Make,
+        device: torch.device,
+    ) -> "Ensemble":
         parts: dict[str, dict[str, Tensor]] = {"trained": {}, "offset": {}, "prior": {}}
         losses = tensors.pop("losses")
         for key, value in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = value
         trained, offset = (FunctionSum.of_flat(parts[part]) for part in ("trained", "offset"))
-        source = Source(make, 0, torch.device(device), losses.dtype)
+        source = Source(make, 0, device, losses.dtype)
         module = source.module("start", 0)
         state = trained.networks[0] if trained.networks else trained.primal or {}
         held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -122,17 +139,18 @@ def facts_of(path: Path | str) -> dict[str, Any]:
 
     Raises: InputError as `Ensemble.load`.
     """
-    return _read(Path(path), torch.device("cpu"))[0]["facts"]
+    return _read(Path(path), torch.device("cpu"))[0].get("facts") or {}
 
 
 def _read(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what a file says of itself, and its tensors."""
     try:
+        check_regular(path)
         with safe_open(path, "pt", device=str(device)) as file:
             described = json.loads((file.metadata() or {}).get("gramian", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is no file of an ensemble, or damaged: {error}") from error
-    if described.get("format") != FORMAT:
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
         raise InputError(f"{path} holds no ensemble of this version of gramian")
     return described, tensors

@@ -7,6 +7,7 @@ import tyro
 from rich.console import Console
 
 from gramian.errors import InputError
+from gramian.ranks import on_main, ranks
 from gramian.tasks import compare as task
 from gramian.tasks import compare_page, five_axes_page
 from gramian.tasks.five_axes import StudyConfig, five_axes
@@ -31,17 +32,25 @@ def compare(
         resume: go on with the comparison of this name from its newest checkpoints.
         overwrite: replace the comparison of this name.
     """
-    console = Console()
+    console = Console(markup=False)
     if study is not None:
         if overwrite:
             raise InputError(
                 "a study goes on with what is there; give another --name in place of --overwrite"
             )
+        if ranks() > 1:
+            raise InputError("a study trains on one process; start it without a launcher")
         _study(config, seeds, console)
         return
     if seeds:
         raise InputError("seeds are for a study; a comparison has one, --seed")
     comparison = task.compare(config, resume=resume, overwrite=overwrite, console=console)
+    on_main(lambda: _show(comparison, console))
+
+
+def _show(comparison: task.Comparison | None, console: Console) -> None:
+    """Print what was found and write the report."""
+    assert comparison is not None
     console.print(compare_page.terminal_table(comparison))
     console.print(f"report: {compare_page.write_report(comparison)}", soft_wrap=True)
 

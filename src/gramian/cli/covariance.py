@@ -3,6 +3,7 @@
 import tyro
 from rich.console import Console
 
+from gramian.ranks import is_main, on_main
 from gramian.tasks import covariance as task
 from gramian.tasks.covariance_page import check_free, sentences, terminal_table, write_report
 
@@ -16,9 +17,11 @@ def predict_covariance(
         config: the network, and how to look at it.
         overwrite: replace the prediction in the output folder.
     """
-    console = Console()
-    check_free(config.folder, overwrite)
+    console = Console(markup=False)
+    on_main(lambda: check_free(config.folder, overwrite))
     prediction = task.predict_covariance(config, console)
+    if not is_main():
+        return
     path = write_report(prediction, config, overwrite=overwrite)
     console.print(terminal_table(prediction))
     for sentence in sentences(prediction, config):

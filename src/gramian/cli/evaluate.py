@@ -14,7 +14,7 @@ def evaluate(config: tyro.conf.OmitArgPrefixes[task.EvaluateConfig]) -> None:
     Args:
         config: the run and the text.
     """
-    console = Console()
+    console = Console(markup=False)
     result = task.evaluate(config, console=console)
     token = "token" if result["objective"] == "causal" else "hidden token"
     console.print(

@@ -18,7 +18,7 @@ def graphs(
         resume: go on with a run that was stopped; networks that are trained are not trained again.
         overwrite: replace the run of that name.
     """
-    console = Console()
+    console = Console(markup=False)
     found = task.train_graphs(config, resume=resume, overwrite=overwrite, console=console)
     with console.status("writing the report"):
         folder = write_report(found, config)

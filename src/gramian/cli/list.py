@@ -14,7 +14,7 @@ from gramian.train.schedule import SCHEDULES
 
 def list_names() -> None:
     """List the blocks, graphs, norms, activations, optimisers and schedules by name."""
-    console = Console()
+    console = Console(markup=False)
     for kind, functions in (("block", BLOCKS), ("graphs", GENERATORS)):
         table = Table(kind, "what it is")
         for name, function in functions.items():

@@ -14,7 +14,7 @@ def observe(config: tyro.conf.OmitArgPrefixes[task.ObserveConfig], overwrite: bo
         config: the model, the text, and how to read.
         overwrite: replace the observation in the output folder.
     """
-    console = Console()
+    console = Console(markup=False)
     observation = task.observe(config, overwrite=overwrite, console=console)
     path = write_report(observation, overwrite=overwrite)
     console.print(terminal_table(observation))

@@ -19,7 +19,7 @@ def predict(
             `gramian predict --sde --help` shows the settings of that.
     """
     assert not sde, "read before: it is a command of its own"
-    console = Console()
+    console = Console(markup=False)
     check_free(config.folder, overwrite)
     prediction = task.predict(config, console)
     path = write_report(prediction, config, overwrite=overwrite)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from gramian.compress.learning import Estimate, Learnt
 from gramian.errors import InputError
+from gramian.ranks import is_main
 from gramian.tasks.pruning import Plan, Start
 from gramian.tasks.pruning_data import Data
 from gramian.tasks.pruning_networks import NETWORKS
@@ -87,7 +88,7 @@ def prune(
         resume: go on with a run that was stopped.
         overwrite: replace the run of this name.
     """
-    console = Console()
+    console = Console(markup=False)
     decoder = model not in NETWORKS and (Path(model) / SETTINGS).exists()
     if model not in NETWORKS and not decoder:
         raise InputError(
@@ -143,6 +144,8 @@ def prune(
             **shared,
         )
         found, folder = prune_classifier(images, console, resume=resume, overwrite=overwrite), images.folder
+    if not is_main():
+        return
     page = write_report(found, folder)
     console.print(terminal_table(found))
     for sentence in sentences(found):

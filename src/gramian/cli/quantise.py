@@ -13,7 +13,7 @@ def quantise(config: tyro.conf.OmitArgPrefixes[task.QuantiseConfig]) -> None:
     Args:
         config: the model, the text, the schemes, and where results and the model in integers go.
     """
-    console = Console()
+    console = Console(markup=False)
     found = task.quantise(config, console=console)
     path = None if config.output is None else write_report(found, config.output)
     console.print(schemes_table(found))

@@ -19,7 +19,7 @@ def reconstruct(
         resume: go on with a run that was stopped.
         overwrite: replace the run of that name.
     """
-    console = Console()
+    console = Console(markup=False)
     found = task.reconstruct_scan(config, console, resume=resume, overwrite=overwrite)
     with console.status("writing the report"):
         folder = write_report(found, config)

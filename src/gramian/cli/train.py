@@ -3,6 +3,7 @@
 import tyro
 from rich.console import Console
 
+from gramian.ranks import is_main
 from gramian.tasks import language
 
 
@@ -16,8 +17,10 @@ def train(
         resume: go on with the run of this name from its newest checkpoint.
         overwrite: replace the run of this name.
     """
-    console = Console()
+    console = Console(markup=False)
     run = language.train(config, resume=resume, overwrite=overwrite, console=console)
+    if not is_main():
+        return
     result = run.result() or {}
     console.print(
         f"{config.block}: validation loss {result['validation_loss']:.4f} nats/token, "

@@ -3,6 +3,7 @@
 import tyro
 from rich.console import Console
 
+from gramian.ranks import is_main
 from gramian.tasks import trajectory as task
 from gramian.tasks.trajectory_files import write_report
 from gramian.tasks.trajectory_words import sentences, terminal_tables
@@ -17,8 +18,10 @@ def trajectory(config: tyro.conf.OmitArgPrefixes[task.TrajectoryConfig], overwri
         config: the checkpoints, and what to do about differences between them.
         overwrite: replace the analysis in the output folder.
     """
-    console = Console()
+    console = Console(markup=False)
     courses = task.trajectory(config, overwrite=overwrite, console=console)
+    if not is_main():
+        return
     path = write_report(courses, config, overwrite=overwrite)
     for table in terminal_tables(courses):
         console.print(table)

@@ -98,7 +98,7 @@ def verify(
             raise InputError(f"{system} reads {_listed(read)}, not {unread[0]}")
         wanted = {kind: files[kind] for kind in read}
         config = module.given(config, runs=runs, steps=steps, seeds=seeds, **wanted)
-    console = Console()
+    console = Console(markup=False)
     console.print(" ".join(module.CLAIM.split()), highlight=False)
     result = module.run(config, console=console)
     for name in TABLES:

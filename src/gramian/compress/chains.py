@@ -10,6 +10,7 @@ has a first term that is the same for all draws, and a second with the few weigh
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -178,25 +179,34 @@ class Chain:
     def __init__(self, model: nn.Module, steps: Steps, x: Tensor) -> None:
         masks, weights = masks_of(model), originals_of(model)
         first = next(k for k, (name, _) in enumerate(steps) if name in masks)
-        before, self.steps = steps[:first], steps[first:]
-        width = BLOCK if x.device.type == "cpu" else len(x)
+        self.before, self.steps, self.x = steps[:first], steps[first:], x
+        self.width = BLOCK if x.device.type == "cpu" else len(x)
         self.layers = {
             name: Layer(masks[name], weights[name], module.bias, len(x), first=k == 0)
             for k, (name, module) in enumerate(self.steps)
             if name in masks
         }
-        table = self.layers[self.steps[0][0]].table
-        columns = (part.mT.clone(memory_format=torch.contiguous_format) for part in x.flatten(1).split(width))
-        self.blocks = [table(_through(before, {}, block)) for block in columns]
         sizes = [weights[name].shape for name in self.layers]
-        activations = min(width, len(x)) * max(size[0] for size in sizes) + len(x) * sizes[-1][0]
+        activations = min(self.width, len(x)) * max(size[0] for size in sizes) + len(x) * sizes[-1][0]
         self.elements = sum(size.numel() for size in sizes) + 2 * activations
         """About how many numbers one draw takes: its weights, its widest activation and its outputs."""
+
+    @cached_property
+    def blocks(self) -> list[Tensor]:
+        """The inputs as the first masked layer reads them, by blocks of examples."""
+        table, parts = self.layers[self.steps[0][0]].table, self.x.flatten(1).split(self.width)
+        columns = (part.mT.clone(memory_format=torch.contiguous_format) for part in parts)
+        return [table(_through(self.before, {}, block)) for block in columns]
 
     def outputs(self, count: int, generator: torch.Generator | None) -> Float[Tensor, "draws n classes"]:
         """Return the outputs under fresh draws of the masks."""
         drawn = {name: layer.draw(count, generator) for name, layer in self.layers.items()}
         return torch.cat([_through(self.steps, drawn, block) for block in self.blocks], -1).mT
+
+    def skip(self, count: int, generator: torch.Generator | None) -> None:
+        """Take the random numbers of as many draws."""
+        for layer in self.layers.values():
+            layer.mask.skip(layer.weight, count, generator, layer.sampler)
 
 
 def _is_step(name: str, module: nn.Module) -> bool:

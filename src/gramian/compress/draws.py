@@ -47,16 +47,44 @@ def draw_outputs(
         raise InputError(f"at least one draw is needed, got {draws}")
     if any(module.training for module in model.modules()):
         raise InputError("masks are drawn for a model in evaluation; call model.eval() first")
-    steps = steps_of(model, x)
-    many = _Mapped(model, x) if steps is None else Chain(model, steps, x)
-    limit = ELEMENTS.get(x.device.type, MEMORY_ELEMENTS) if elements is None else elements
-    found = []
-    while draws > 0:
-        count = min(draws, max(1, limit // many.elements))
+    many, found = _many(model, x), []
+    for count in _blocks(many, x, draws, elements):
         outputs = many.outputs(count, generator)
         found.append(outputs if read is None else read(outputs))
-        draws -= count
     return torch.cat(found)
+
+
+@torch.no_grad()
+def skip_draws(
+    model: nn.Module,
+    x: Tensor,
+    draws: int,
+    generator: torch.Generator | None,
+    *,
+    elements: int | None = None,
+) -> None:
+    """Take the random numbers from a generator that `draw_outputs` would, and compute no outputs.
+
+    Raises: InputError for a model without masks.
+    Holds: exactly.
+    """
+    many = _many(model, x)
+    for count in _blocks(many, x, draws, elements):
+        many.skip(count, generator)
+
+
+def _many(model: nn.Module, x: Tensor) -> "Chain | _Mapped":
+    steps = steps_of(model, x)
+    return _Mapped(model, x) if steps is None else Chain(model, steps, x)
+
+
+def _blocks(many: "Chain | _Mapped", x: Tensor, draws: int, elements: int | None) -> Iterator[int]:
+    """Give the sizes of blocks of draws."""
+    limit = ELEMENTS.get(x.device.type, MEMORY_ELEMENTS) if elements is None else elements
+    size = max(1, limit // many.elements)
+    while draws > 0:
+        yield min(draws, size)
+        draws -= size
 
 
 def error_reader(targets: Shaped[Tensor, " n"]) -> Callable[[Tensor], Tensor]:
@@ -168,6 +196,11 @@ class _Mapped:
         }
         with _mapped_attention(self.x.device):
             return vmap(self._single, randomness="different")(given)
+
+    def skip(self, count: int, generator: torch.Generator | None) -> None:
+        """Take the random numbers of as many draws."""
+        for name, mask in self.masks.items():
+            mask.skip(self.weights[name], count, generator, self.samplers[name])
 
     def _single(self, given: dict[str, Tensor]) -> Tensor:
         return functional_call(self.model, given, (self.x,))

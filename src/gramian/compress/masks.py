@@ -146,6 +146,12 @@ class StochasticMask(nn.Module):
         normal = weight.new_empty(count, *weight.shape).normal_(generator=generator)
         return (weight + self.log_std.exp() * normal) * mask
 
+    def skip(self, weight: Tensor, count: int, generator: torch.Generator | None, sampler: Sampler) -> None:
+        """Take the random numbers of as many `draws`."""
+        sampler(count, generator)
+        if self.log_std is not None:
+            weight.new_empty(count, *weight.shape).normal_(generator=generator)
+
 
 def hard_concrete(logits: Float[Tensor, "..."], noise: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Return the units of the hard concrete distribution, which are 0 and 1 with positive probability.

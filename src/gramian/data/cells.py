@@ -3,7 +3,7 @@
 import csv
 import math
 import re
-import zipfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from gramian.data.archives import read_npz
+from gramian.data.parquet import check_parquet
 from gramian.errors import InputError, MissingExtraError
 
 LEVELS = 30
@@ -216,7 +218,8 @@ def _names_columns(rows: Sequence[Sequence[str]]) -> bool:
 
 
 def _named(name: str, names: Sequence[str], cells: Iterable[Sequence[Any]], where: Sequence[str]) -> Cells:
-    if repeated := [each for each in names if names.count(each) > 1]:
+    counts = Counter(names)
+    if repeated := [each for each in counts if counts[each] > 1]:
         raise InputError(f"{name} has more than one column {repeated[0]!r}; names must differ")
     return Cells(name, dict(zip(names, cells, strict=True)), where)
 
@@ -226,6 +229,7 @@ def _parquet(path: Path) -> Cells:
         import pyarrow.parquet
     except ImportError as error:
         raise MissingExtraError('reading .parquet needs pyarrow: pip install "gramian[parquet]"') from error
+    check_parquet(path)
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
         cells = [column.to_pylist() for column in table.columns]
@@ -235,17 +239,13 @@ def _parquet(path: Path) -> Cells:
 
 
 def _npz(path: Path) -> Cells:
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} cannot be read as .npz of plain arrays: it is no zip archive")
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name]) for name in ARRAYS if name in file}
-    except Exception as error:  # zip, zlib, numpy and memory fail each in its own way on a damaged file
-        raise InputError(f"{path} cannot be read as .npz of plain arrays: {error}") from error
+    arrays, names = read_npz(path, ARRAYS)
     x, y = arrays.get("X"), arrays.get("y")
     if x is None or x.ndim != 2 or x.dtype.kind not in "biuf":
-        raise InputError(f"{path.name} needs numbers X (rows, features); it holds {listed(file.files)}")
+        raise InputError(f"{path.name} needs numbers X (rows, features); it holds {listed(names)}")
     columns = {f"x{number}": column.tolist() for number, column in enumerate(x.T, 1)}
+    if not len(x):
+        raise InputError(f"{path.name} has no rows")
     if y is None:
         return Cells(path.name, columns, _rows(x))
     if y.shape != x.shape[:1] or y.dtype.kind not in "biufU":

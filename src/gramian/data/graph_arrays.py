@@ -1,16 +1,13 @@
 """Graphs from plain arrays and back: .npz files laid end to end, or with the number of each node's graph."""
 
-import os
-import zipfile
-from collections.abc import Iterable, Mapping
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gramian.data.archives import read_npz
 from gramian.data.graph_splits import Split
 from gramian.data.graphs import MOST_CLASSES, NODE_TASKS, TASKS, Graphs
 from gramian.data.objectives import IGNORED
@@ -45,7 +42,7 @@ def load_npz(path: Path, task: str | None = None) -> Graphs:
     Raises: InputError when the file is damaged, needs more memory than there is, or its arrays do not fit.
     Holds: exactly; loops and repeated edges are left out and counted.
     """
-    return from_arrays(path.stem, _read(path, {*COLLECTION, *LAID_OUT}), task)
+    return from_arrays(path.stem, read_npz(path, {*COLLECTION, *LAID_OUT})[0], task)
 
 
 def save_npz(path: Path, graphs: Graphs) -> None:
@@ -281,45 +278,4 @@ def load_split(path: Path) -> Split:
 
     Raises: InputError when the file cannot be read or lacks one of them.
     """
-    return split_of(_read(path, {"train", "val", "validation", "test"}), path.name)
-
-
-def _read(path: Path, wanted: Iterable[str]) -> dict[str, np.ndarray]:
-    """Read the wanted arrays of a .npz file that are there, none of which claims more than the file holds."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            there = archive.namelist()
-            found = {name: archive.getinfo(f"{name}.npy") for name in wanted if f"{name}.npy" in there}
-            _check_memory(path, sum(info.file_size for info in found.values()))
-            for info in found.values():
-                with archive.open(info) as stream:
-                    _check_header(stream, info.file_size)
-            arrays = {}
-            for name, info in found.items():
-                with archive.open(info) as stream:
-                    arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
-            return arrays
-    except InputError:
-        raise
-    except Exception as error:  # zip, zlib, numpy and memory fail each in its own way on a damaged file
-        raise InputError(f"{path} cannot be read as .npz of plain arrays: {error}") from error
-
-
-def _check_header(stream: IO[bytes], size: int) -> None:
-    """Raise ValueError unless the array that a header describes is as long as its entry of the archive."""
-    version = np.lib.format.read_magic(stream)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"version {version} of the format")
-    shape, _, dtype = readers[version](stream)
-    if dtype.hasobject or stream.tell() + prod(shape) * dtype.itemsize != size:
-        raise ValueError(f"an array {shape} of {dtype} does not fill an entry of {size:,} bytes")
-
-
-def _check_memory(path: Path, size: int) -> None:
-    if not hasattr(os, "sysconf"):  # Windows does not tell
-        return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
-        needed, there = (f"{number / 2**30:,.1f} GiB" for number in (size, memory))
-        raise InputError(f"{path} holds arrays of {needed}, more than the {there} of memory")
+    return split_of(read_npz(path, {"train", "val", "validation", "test"})[0], path.name)

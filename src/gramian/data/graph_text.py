@@ -7,6 +7,7 @@ import numpy as np
 from gramian.data.graph_arrays import from_arrays
 from gramian.data.graphs import Graphs
 from gramian.errors import InputError
+from gramian.reading import check_regular
 
 FILES = (
     "graph_indicator", "node_labels", "node_attributes", "edge_labels", "edge_attributes",
@@ -57,6 +58,7 @@ def load_text(edges: Path, task: str | None = None) -> Graphs:
 
 def _numbers(path: Path) -> np.ndarray:
     """Read lines of numbers parted by commas."""
+    check_regular(path)
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         return np.loadtxt(lines, delimiter=",", comments=None, ndmin=2) if lines else np.zeros((0, 1))

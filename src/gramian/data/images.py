@@ -1,7 +1,5 @@
 """Labelled images: scikit-learn's digits, IDX files in MNIST's format, or .npz; split and standardised."""
 
-import gzip
-import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from math import prod
@@ -12,10 +10,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from gramian.data.archives import read_npz
 from gramian.errors import InputError
+from gramian.reading import check_regular, unpacked
 
 UNSIGNED_BYTES = 0x08
 """The only type of entries that IDX files of images have."""
+
+AXES = 32
+"""Most axes of an array."""
 
 ARRAYS = ("images", "labels", "test_images", "test_labels")
 """What is read of a .npz file."""
@@ -171,9 +174,9 @@ def read_idx(path: Path) -> np.ndarray:
 
     Raises: InputError when the file is missing, is no such file, is truncated or has bytes too many.
     """
+    check_regular(path)
     try:
-        content = path.read_bytes()
-        data = gzip.decompress(content) if path.suffix == ".gz" else content
+        data = unpacked(path) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if len(data) < 4 or data[:3] != bytes((0, 0, UNSIGNED_BYTES)):
@@ -183,7 +186,7 @@ def read_idx(path: Path) -> np.ndarray:
     axes = data[3]
     start = 4 + 4 * axes
     shape = tuple(int.from_bytes(data[i : i + 4]) for i in range(4, min(start, len(data)), 4))
-    if len(data) != start + prod(shape) or not axes:
+    if len(data) != start + prod(shape) or not 0 < axes <= AXES:
         what = "x".join(map(str, shape))
         raise InputError(
             f"{path} is damaged: {len(data):,} bytes do not hold the {what} entries that it announces"
@@ -192,14 +195,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _read_npz(path: Path) -> dict[str, Labelled]:
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} cannot be read as .npz of plain arrays: it is no zip archive")
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name]) for name in ARRAYS if name in file}
-            have = ", ".join(file.files) or "nothing"
-    except Exception as error:  # zip, zlib, numpy and memory fail each in its own way on a damaged file
-        raise InputError(f"{path} cannot be read as .npz of plain arrays: {error}") from error
+    arrays, names = read_npz(path, ARRAYS)
+    have = ", ".join(names) or "nothing"
     found = {}
     for part, prefix in (("train", ""), ("test", "test_")):
         images, labels = (arrays.get(prefix + name) for name in ("images", "labels"))

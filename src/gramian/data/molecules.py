@@ -1,7 +1,7 @@
 """Molecules from SMILES: atoms as nodes, bonds as edges, both with types; needs rdkit (extra `molecules`)."""
 
 import csv
-import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +16,7 @@ import numpy as np
 from gramian.data.graph_arrays import from_arrays, load_split
 from gramian.data.graphs import Graphs
 from gramian.errors import InputError, MissingExtraError
+from gramian.reading import check_regular, unpacked
 
 ATOM = (119, 5, 12, 12, 10, 6, 6, 2, 2)
 """How many types each column of an atom has: element, chirality, degree, charge, hydrogens, radical
@@ -31,6 +32,12 @@ HYBRIDISATION = {"SP": 0, "SP2": 1, "SP3": 2, "SP3D": 3, "SP3D2": 4}
 KINDS = {"SINGLE": 0, "DOUBLE": 1, "TRIPLE": 2, "AROMATIC": 3}
 
 EXAMPLE = "MolLogP"
+
+LONGEST = 10_000
+"""Characters of the longest SMILES."""
+
+TEXT = 2**20
+"""Bytes of text that any gzipped file may hold."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +127,9 @@ def _rows(path: Path, kind: str, column: str, wanted: list[str]) -> tuple[list[R
 
 
 def _open(path: Path) -> TextIO:
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="")  # pyright: ignore[reportReturnType]
+    check_regular(path)
+    content = unpacked(path, TEXT) if path.suffix.lower() == ".gz" else path.read_bytes()
+    return io.StringIO(content.decode("utf-8-sig"), newline="")
 
 
 def _table(path: Path, lines: Iterable[str], column: str, wanted: list[str]) -> tuple[list[Row], list[str]]:
@@ -162,6 +170,10 @@ def _columns(path: Path, others: list[str], wanted: list[str]) -> list[str]:
 
 
 def _molecule(parse: Callable[[str], Any], row: Row, path: Path) -> Any:
+    if len(row.smiles) > LONGEST:  # the time that RDKit takes rises with the square
+        raise InputError(
+            f"{path} {row.where}: a SMILES of {len(row.smiles):,} characters; {LONGEST:,} are accepted"
+        )
     molecule = parse(row.smiles)
     if molecule is None or not molecule.GetNumAtoms():
         raise InputError(f"{path} {row.where}: {row.smiles[:60]!r} is no SMILES of a molecule")

@@ -12,7 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gramian.data.parquet import check_parquet
 from gramian.errors import InputError, MissingExtraError
+from gramian.reading import check_inside
 
 LEFT_OUT = frozenset(
     {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib", "lib2to3"}
@@ -156,7 +158,10 @@ def _folder(folder: Path, column: str, pattern: str) -> Iterator[Document]:
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"{pattern!r} is not a pattern of relative paths such as '**/*.txt'") from error
     shown = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
-    return _inside(folder, [path for path in shown if path.is_file()], column)
+    files = [path for path in shown if path.is_file()]
+    for path in files:
+        check_inside(path, folder)
+    return _inside(folder, files, column)
 
 
 def _inside(folder: Path, paths: Iterable[Path], column: str = "") -> Iterator[Document]:
@@ -232,6 +237,7 @@ def _parquet(path: Path, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow.parquet
     except ImportError as error:
         raise MissingExtraError('reading .parquet needs pyarrow: pip install "gramian[parquet]"') from error
+    check_parquet(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             if column not in table.schema_arrow.names:

@@ -22,6 +22,8 @@ from gramian.data import text
 from gramian.data.text import Document
 from gramian.errors import InputError
 from gramian.files import atomic_file
+from gramian.memory import check_memory
+from gramian.reading import check_regular
 
 END = "<|endoftext|>"
 """The special token, id 0, that follows every document."""
@@ -82,6 +84,7 @@ def load_corpus(
     """
     if vocabulary < SMALLEST_VOCABULARY:
         raise InputError(f"a vocabulary needs at least {SMALLEST_VOCABULARY} tokens, got {vocabulary}")
+    check_memory(64.0 * vocabulary, f"a vocabulary of {vocabulary:,} tokens")
     chosen = [Path(path) for path in ((paths,) if isinstance(paths, (str, Path)) else paths)]
     documents = text.read(chosen, column, pattern) if chosen else text.standard_library()
     taken = text.sample(documents, max_bytes)
@@ -197,12 +200,13 @@ def _save(entry: Path, tokenizer: Tokenizer, train: Tensor, validation: Tensor) 
 def _load(entry: Path) -> tuple[Tokenizer, Tensor, Tensor] | None:
     """Return the tokens kept, or None where there are none or they are damaged."""
     try:
+        check_regular(entry)
         with safe_open(entry, "pt") as file:
             about = file.metadata() or {}
             train, validation = file.get_tensor("train"), file.get_tensor("validation")
-    except (OSError, SafetensorError):
-        return None
-    if about.get("checksum") != _checksum(about.get("tokenizer", ""), train, validation):
+        if about.get("checksum") != _checksum(about.get("tokenizer", ""), train, validation):
+            return None
+    except (OSError, SafetensorError, TypeError, ValueError):  # an InputError among them
         return None
     tokenizer = Tokenizer.from_str(about["tokenizer"])
     tokenizer.encode_special_tokens = True

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gramian.errors import InputError, MissingExtraError
 from gramian.files import atomic_file
+from gramian.reading import check_regular
 
 WATER = 0.02
 """Attenuation of water per mm at about 65 keV (as in Leuschner, Schmidt, Baguer, Maass 2021)."""
@@ -164,7 +165,9 @@ def write_slice(path: Path, values: Float[Tensor, "n n"], like: CTSlice, descrip
 def _slice(pydicom: Any, content: bytes, path: Path) -> CTSlice:
     if content[128:132] != b"DICM":
         raise InputError(f"{path} is no DICOM file: it lacks the mark DICM after its first 128 bytes")
-    meta = pydicom.filereader.read_file_meta_info(path)
+    meta = pydicom.filereader.read_dataset(
+        io.BytesIO(content[132:]), False, True, stop_when=lambda tag, *_: tag.group != 2
+    )
     syntax = meta.get("TransferSyntaxUID")
     if syntax == DEFLATED:
         raise InputError(f"{path} is deflated as a whole; store it uncompressed or with compressed pixels")
@@ -340,6 +343,7 @@ def _decimal(value: float) -> str:
 
 
 def _content(path: Path) -> bytes:
+    check_regular(path)
     try:
         size = path.stat().st_size
         if size > LARGEST_FILE:

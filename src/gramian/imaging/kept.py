@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from gramian.files import atomic_file
 from gramian.imaging.discretisation import MODELS, Model, matrix
 from gramian.imaging.geometry import Beam
+from gramian.reading import check_regular
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -64,14 +65,17 @@ def _load(entry: Path, geometry: Beam) -> "csr_array | None":
     """Return the matrix kept, or None where there is none or it is damaged."""
     from scipy.sparse import csr_array
 
+    rows, columns = geometry.shape
+    shape = (len(geometry.theta) * geometry.detectors, rows * columns)
     try:
+        check_regular(entry)
         with safe_open(entry, "np") as file:
             about = file.metadata() or {}
             arrays = {name: np.asarray(file.get_tensor(name)) for name in PARTS}
-    except (OSError, SafetensorError):
+        if about.get("checksum") != _checksum(arrays):
+            return None
+        found = csr_array(tuple(arrays[name] for name in PARTS), shape=shape)
+        found.check_format(full_check=True)
+    except (OSError, SafetensorError, TypeError, ValueError):  # an InputError among them
         return None
-    if about.get("checksum") != _checksum(arrays):
-        return None
-    rows, columns = geometry.shape
-    shape = (len(geometry.theta) * geometry.detectors, rows * columns)
-    return csr_array(tuple(arrays[name] for name in PARTS), shape=shape)
+    return found

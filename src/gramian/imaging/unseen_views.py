@@ -24,10 +24,8 @@ from gramian.imaging.radon import LinearMap
 
 FEWEST_VIEWS = 5
 """Fewest views of which two can be held out and most kept."""
-LARGEST, SMALLEST = 100.0, 0.01
-"""Factors beyond which none is looked for, but 0: samples that need more differ by chance or rounding."""
-GRID, ZOOMS = 33, 6
-"""Factors tried at once, evenly in their logarithm, and how often around the best."""
+LARGEST = 100.0
+"""The largest factor: samples that need more differ by chance or rounding."""
 
 
 def hold_out(views: int, share: float = 0.1, seed: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -154,32 +152,40 @@ class SpreadFactor:
     error: float
     """Standard error of s, from leaving out one view after another; NaN with one view."""
     gain: float
-    """Mean log likelihood of a ray at s above that at 1, in nats, on the very views that chose s."""
+    """Mean log likelihood of a ray at s above that at 1, in nats; below 0 where rays ask for less."""
     capped: bool
-    """Whether s is the largest that is looked for: the samples hardly differ where the rays miss them."""
+    """Whether s is the largest that is allowed: the samples hardly differ where the rays meet them."""
 
 
 def spread_factor(check: ViewCheck) -> SpreadFactor:
-    """Return the factor on deviations from the mean that makes held-out measurements the most likely.
+    """Return the factor on deviations from the mean with which samples err as much as their mean does.
 
-        s = argmax Σ ln N(y; A m, s² v + σ²) over 0, [.01, 100]
+        s² = Σ |ω| (|F(y − A m)|² − E|F n|²) / ((1 + 1/K) Σ |ω| Var_k F(A x_k))
 
-    It is a statement about sums along rays, not about structures that no held ray sees, to which `rescaled`
-    gives the same factor unchecked. What the mean, the noise level and the projector get wrong counts as
-    missing spread. The views that chose s cannot judge it; that takes others.
+    F is the Fourier transform of a view along its detectors, ω its frequency (a quarter of the first one for
+    the mean), n the noise and Var_k the variance over K samples; the sums are over views and frequencies, and
+    a negative s² becomes 0. Since views are slices of the image's Fourier transform, Σ |ω| |F A e|² over all
+    angles is the squared norm of an image e of errors, so that pixels are compared with pixels. Sums along
+    rays would say otherwise: deviations that alternate from pixel to pixel cancel in them, errors of a fit
+    often do not, and a factor by the likelihood of rays is then too large.
+
+    What the mean, the noise level and the projector get wrong counts as missing spread. The views that chose
+    s cannot judge it; that takes others.
 
     Raises: InputError where the samples agree on every ray.
-    Holds: to 10⁻⁶ of s, if the best of factors a third apart is beside the maximum. A perfect sampler of K
-        samples of a Gaussian tends to 1, or with few samples to at most √((1 + 1/K)(K − 1)/(K − 3)).
+    Holds: in expectation of both sums, for a perfect sampler s = 1, whatever K; what it says of pixels holds
+        for parallel beams with detectors as narrow as pixels, about so for fans, and between few views by
+        chance alone.
     """
-    squares = (check.sinogram - check.prediction.mean).square()
-    spread, noise = check.prediction.variance, check.prediction.aleatoric
+    residuals, spread = _energies(check)
     if not spread.any():
         raise InputError("all samples foretell the same of the held-out views, so no factor spreads them")
-    views = range(len(squares))
-    factor = _likeliest(squares, spread, noise)
-    without = [_likeliest(*(part[_others(v, views)] for part in (squares, spread, noise))) for v in views]
-    found, one = (_log_likelihood(s, squares, spread, noise) for s in (factor, 1.0))
+    views = range(len(residuals))
+    factor = _balanced(residuals, spread)
+    without = [_balanced(*(part[_others(v, views)] for part in (residuals, spread))) for v in views]
+    squares = (check.sinogram - check.prediction.mean).square()
+    variance, noise = check.prediction.variance, check.prediction.aleatoric
+    found, one = (_log_likelihood(s, squares, variance, noise) for s in (factor, 1.0))
     return SpreadFactor(factor, _jackknife(without), (found - one) / squares.numel(), factor >= LARGEST)
 
 
@@ -286,18 +292,28 @@ def _score(prediction: Predictive, truth: Tensor) -> Tensor:
     return torch.where(error > 0, error / prediction.std, error)
 
 
-def _likeliest(squares: Tensor, spread: Tensor, noise: Tensor) -> float:
-    """Give s by grids in ln s, each around the best of the one before."""
-    low, high, best = math.log(SMALLEST), math.log(LARGEST), 0
-    steps: list[float] = []
-    for _ in range(ZOOMS):
-        steps = [low + (high - low) * k / (GRID - 1) for k in range(GRID)]
-        likelihoods = [_log_likelihood(math.exp(step), squares, spread, noise) for step in steps]
-        best = max(range(GRID), key=likelihoods.__getitem__)
-        low, high = steps[max(best - 1, 0)], steps[min(best + 1, GRID - 1)]
-    factor = min(math.exp(steps[best]), LARGEST)
-    none, found = (_log_likelihood(s, squares, spread, noise) for s in (0.0, factor))
-    return factor if found > none else 0.0
+def _energies(check: ViewCheck) -> tuple[Float[Tensor, " views"], Float[Tensor, " views"]]:
+    """Give each view's energy of residuals without their noise, and that which perfect samples would have."""
+    prediction, samples = check.prediction, check.prediction.samples
+    if samples is None:
+        raise InputError("a factor on the spread of samples needs the samples")
+    detectors = check.sinogram.shape[-1]
+    frequency = torch.fft.fftfreq(detectors, dtype=torch.float64, device=samples.device).abs()
+    frequency[0] = 1 / (4 * detectors)  # the mean of |ω| over its share of the line
+
+    def energy(views: Tensor) -> Tensor:
+        return (frequency * torch.fft.fft(views).abs().square()).sum(-1)
+
+    noise = frequency.sum() * prediction.aleatoric.expand_as(check.sinogram).sum(-1)
+    count = len(samples)
+    spread = energy(samples - prediction.mean).sum(0) / (count - 1)
+    return energy(check.sinogram - prediction.mean) - noise, (1 + 1 / count) * spread
+
+
+def _balanced(residuals: Tensor, spread: Tensor) -> float:
+    """Give s of views."""
+    ratio = float(residuals.sum() / spread.sum()) if spread.any() else math.inf
+    return min(math.sqrt(max(ratio, 0.0)), LARGEST)
 
 
 def _log_likelihood(factor: float, squares: Tensor, spread: Tensor, noise: Tensor) -> float:

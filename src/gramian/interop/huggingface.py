@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from gramian.errors import InputError
 from gramian.interop.huggingface_cache import CACHE, memory_of
 from gramian.nn.transformer import Transformer, TransformerConfig
+from gramian.offline import offline
 
 
 @strict
@@ -108,13 +109,17 @@ class GramianPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load as Hugging Face does, but refuse weights of another block or shape.
+        """Load as Hugging Face does, from safetensors alone, but refuse weights of another block or shape.
+
+        Nothing is fetched where the environment says GRAMIAN_OFFLINE=1 or HF_HUB_OFFLINE=1.
 
         Raises: InputError naming a weight that the checkpoint lacks, does not know or has in another shape,
         and for a damaged file.
         """
         reshape = kwargs.pop("ignore_mismatched_sizes", False)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
+        if offline():
+            kwargs["local_files_only"] = True
         try:
             loaded: Any = super().from_pretrained(*args, **kwargs)
         except SafetensorError as error:

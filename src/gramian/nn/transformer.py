@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gramian.errors import InputError
+from gramian.memory import check_memory
 from gramian.nn.activations import activation
 from gramian.nn.blocks import Parts, block
 from gramian.nn.init import OrthogonalProjection, fan_in_std, initialise_
@@ -19,6 +20,9 @@ from gramian.nn.norms import norm
 from gramian.nn.residual import through
 from gramian.nn.rotary import Rotary
 from gramian.nn.view import Past, View, positions
+
+BLOCK = 40_000
+"""Bytes that the objects of one block take, whatever its width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +111,12 @@ class TransformerConfig(Shape):
             raise InputError(f"rotary positions need heads of an even width, got {self.width // self.heads}")
 
     @property
+    def least_parameters(self) -> int:
+        """Numbers that every block has to learn at least, beside the embedding: V w + L w (w + 1.5 m)."""
+        mlp = self.mlp_width or 4 * self.width
+        return self.width * (self.vocabulary + self.depth * (self.width + 3 * mlp // 2))
+
+    @property
     def std(self) -> float:
         """The standard deviation of initial weights."""
         return fan_in_std(self.width) if self.init_std is None else self.init_std
@@ -172,6 +182,16 @@ class Positions(nn.Module):
         return self.get_buffer("weight")[index]
 
 
+def _check_memory(config: TransformerConfig) -> None:
+    """Refuse a transformer that no memory here holds; one without numbers yet has only its objects."""
+    table = 0 if config.positions == "rotary" else config.context * config.width
+    numbers = config.least_parameters + table
+    if torch.get_default_device().type == "meta":
+        numbers = 0
+    what = f"{config.depth:,} blocks of width {config.width:,} for a vocabulary of {config.vocabulary:,}"
+    check_memory(4 * numbers + BLOCK * config.depth, f"{what} and a context of {config.context:,}")
+
+
 class Transformer(nn.Module):
     """A language model: embeddings, blocks, a final norm and a head.
 
@@ -187,7 +207,8 @@ class Transformer(nn.Module):
 
     Shapes: tokens, mask, documents (batch, T) -> logits (batch, T, vocabulary); T ≤ context, or that of
     each document.
-    Raises: InputError for sizes that do not fit, sequences beyond the context, a mask of another shape.
+    Raises: InputError for sizes that do not fit or that no memory here holds, sequences beyond the context, a
+    mask of another shape.
     Holds: exactly: a decoder's logits at t depend on tokens up to t alone, and on none that are padding.
     """
 
@@ -196,6 +217,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        _check_memory(config)
         self.config = config
         self.gradient_checkpointing = False
         """Whether training computes every block again in the backward pass, to save memory."""

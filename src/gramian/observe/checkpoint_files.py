@@ -1,11 +1,11 @@
 """Which files hold the weights of one checkpoint, among all that training loops put beside them."""
 
-import json
 import re
 from pathlib import Path
 
 from gramian.errors import InputError
 from gramian.observe.weight_files import SAFE, TORCH
+from gramian.reading import read_json
 
 INDEX = ".index.json"
 """Ending of the list that says which shard holds which weight."""
@@ -68,10 +68,7 @@ def is_shard(path: Path) -> bool:
 
 def _shards(index: Path) -> tuple[Path, ...]:
     """Return the shards that an index names, all of which lie beside it."""
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{index} cannot be read as JSON: {error}") from error
+    found = read_json(index)
     places = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(places, dict) or not places or not all(isinstance(at, str) for at in places.values()):
         raise InputError(f"{index} has no weight_map of names and files")

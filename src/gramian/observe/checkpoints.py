@@ -140,6 +140,17 @@ def stream(
     return found
 
 
+def begin(
+    tensors: Sequence[Aligned], folder: Path, *, config: Mapping[str, Any] | None = None, anew: bool = False
+) -> None:
+    """Make the folder for what `stream` finds, before several processes share it.
+
+    Raises: InputError when it holds the work on other files, unless `anew`.
+    """
+    parts = [parts_of(tensor.name, tensor.shape, config or {}) for tensor in tensors]
+    SavedGrams(folder, _plan(tensors, parts), anew=anew)
+
+
 def _units(tensors: Sequence[Aligned]) -> list[list[_Piece]]:
     """Divide all parameters into pieces of work of like size, in order; small tensors share one."""
     size = min(max(sum(tensor.numel for tensor in tensors) // UNITS, UNIT[0]), UNIT[1])

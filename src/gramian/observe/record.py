@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gramian.errors import InputError
-from gramian.files import write_text
+from gramian.files import naming, sync, write_text
+from gramian.reading import check_regular
 
 
 class Record:
@@ -22,7 +23,7 @@ class Record:
     def append(self, row: dict[str, Any]) -> None:
         """Write one line and hand it to the operating system.
 
-        Raises: InputError for a row that JSON cannot hold.
+        Raises: InputError for a row that JSON cannot hold; OSError naming the file that cannot be written.
         """
         try:
             line = json.dumps(row) + "\n"
@@ -31,8 +32,11 @@ class Record:
         if not self._whole:
             self._mend()
         self._whole = False  # stays so if the write fails half-way
-        with self.path.open("ab") as file:
-            file.write(line.encode())
+        try:
+            with self.path.open("ab") as file:
+                file.write(line.encode())
+        except OSError as error:
+            raise naming(error, self.path) from error
         self._whole = True
 
     def read(self) -> list[dict[str, Any]]:
@@ -45,19 +49,37 @@ class Record:
         if rows and rows[-1] is None:
             rows.pop()
         if None in rows:
-            raise InputError(f"{self.path}, line {rows.index(None) + 1}, is damaged: it is not a JSON object")
+            raise InputError(
+                f"{self.path}, line {rows.index(None) + 1}, is damaged: it is not a JSON object; put the "
+                "line right, or begin anew with --overwrite"
+            )
         return [row for row in rows if row is not None]
 
-    def keep_first(self, rows: int) -> None:
-        """Drop all but the first rows, atomically.
+    def sync(self) -> None:
+        """Put all rows on the disk, where a loss of power does not reach them."""
+        if self.path.exists():
+            sync(self.path)
+
+    def keep_first(self, rows: int) -> list[dict[str, Any]]:
+        """Drop all but the first rows, atomically, and return these.
 
         Raises: InputError as `read`.
         """
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.read()[:rows]))
+        kept = self.read()[:rows]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        return kept
 
     def _lines(self) -> list[bytes]:
         """Lines with their ends."""
-        return self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        if not self.path.exists():
+            return []
+        check_regular(self.path)
+        try:
+            return self.path.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            raise OSError(
+                error.errno, error.strerror, str(self.path)
+            ) from error  # a failed read names no file
 
     def _mend(self) -> None:
         """Remove a damaged last line, or end a whole one that lacks its end."""
@@ -76,6 +98,6 @@ class Record:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line.decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None

@@ -20,6 +20,7 @@ from gramian.files import atomic_file
 from gramian.observe.parts import layer_of
 from gramian.observe.sketch import WORD, CountSketch, jackknife
 from gramian.observe.weight_files import metadata
+from gramian.reading import check_regular
 
 FORMAT = "gramian-trajectory"
 """What every file of a record says it is."""
@@ -237,11 +238,27 @@ def read_sketches(folder: Path | str) -> SketchedPath:
             raise InputError(f"{path} is no sketch of a recorded trajectory")
         if any(about.get(name) != first[name] for name in first if name != "step"):
             raise InputError(f"{path} is of another trajectory than the other points of {folder}")
-    loaded = [_loaded(path) for path in files.values()]
-    numbers: dict[str, int] = json.loads(first["groups"])
-    sketches = {group: torch.stack([point[group + ENDING] for point in loaded]) for group in numbers}
-    kept = frozenset(group for group, count in numbers.items() if count <= sketches[group].shape[1])
+    numbers, loaded = groups_of(first, folder), [_loaded(path) for path in files.values()]
+    try:
+        sketches = {group: torch.stack([point[group + ENDING] for point in loaded]) for group in numbers}
+        kept = frozenset(group for group, count in numbers.items() if count <= sketches[group].shape[1])
+    except (LookupError, RuntimeError) as error:  # one that is missing, or of another length or type
+        raise InputError(f"the points of {folder} do not hold the sketches that they announce") from error
     return SketchedPath(tuple(files), sketches, kept)
+
+
+def groups_of(about: Mapping[str, str], where: Path | str) -> dict[str, int]:
+    """Return the lengths of the groups that a point's metadata tell; none where they tell of no groups.
+
+    Raises: InputError naming where it was read when they are damaged.
+    """
+    try:
+        found = json.loads(about.get("groups", "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(type(count) is int for count in found.values()):
+        raise InputError(f"{where} does not say what groups its sketches are of")
+    return found
 
 
 def points(folder: Path) -> dict[int, Path]:
@@ -311,6 +328,7 @@ def _copied(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _loaded(path: Path) -> dict[str, Tensor]:
+    check_regular(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

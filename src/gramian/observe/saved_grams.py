@@ -1,17 +1,18 @@
 """What a stream of checkpoints has found so far, kept on disk so that a stopped one goes on."""
 
-import json
-import shutil
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gramian.errors import InputError
-from gramian.files import atomic_file, write_json
+from gramian.files import atomic_file, remove, write_json
+from gramian.reading import check_regular, read_json
 
 PLAN = "plan.json"
 EVERY = 2.0
@@ -35,10 +36,10 @@ class SavedGrams:
         self._kept: dict[int, dict[str, Tensor]] = {}
         self._unsaved: list[int] = []
         self._saved_at = time.monotonic()
-        if anew and (folder / PLAN).exists() and _read(folder / PLAN) != plan:
-            shutil.rmtree(folder)
+        if anew and (folder / PLAN).exists() and not _is(folder / PLAN, plan):
+            remove(folder)
         if (folder / PLAN).exists():
-            if _read(folder / PLAN) != plan:
+            if read_json(folder / PLAN) != plan:
                 raise InputError(
                     f"{folder} holds the beginning of an analysis of other files or settings, or the files "
                     "have changed since; pass --overwrite to begin anew"
@@ -66,7 +67,7 @@ class SavedGrams:
             tensors = {f"{unit}/{key}": t for unit in self._unsaved for key, t in self._kept[unit].items()}
             name = f"found-{self._rank}-{self._unsaved[0]:06d}-{self._unsaved[-1]:06d}.safetensors"
             with atomic_file(self.folder / name) as temporary:
-                save_file(tensors, temporary)
+                save_file(tensors, temporary, {"sha256": _sha256(tensors)})
             self._unsaved.clear()
         self._saved_at = time.monotonic()
 
@@ -81,16 +82,28 @@ class SavedGrams:
     def _load(self, path: Path) -> None:
         """Take a file of finished work; one that is damaged is done again."""
         try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError):
+            check_regular(path)
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+                written = (file.metadata() or {}).get("sha256")
+            units = [int(key.partition("/")[0]) for key in tensors]
+        except (SafetensorError, OSError, ValueError):
             return
-        for key, tensor in tensors.items():
-            unit, _, rest = key.partition("/")
-            self._kept.setdefault(int(unit), {})[rest] = tensor
+        if written != _sha256(tensors):
+            return
+        for unit, (key, tensor) in zip(units, tensors.items(), strict=True):
+            self._kept.setdefault(unit, {})[key.partition("/")[2]] = tensor
 
 
-def _read(path: Path) -> Any:
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _is(path: Path, plan: Any) -> bool:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+        return read_json(path) == plan
+    except InputError:
+        return False

@@ -1,6 +1,5 @@
 """Series of checkpoints on disk: found whatever wrote them, and ordered by their steps."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from gramian.observe.checkpoint_files import (
     weights_of,
 )
 from gramian.observe.weight_files import SAFE, metadata
+from gramian.reading import read_json
 
 COUNTERS = {
     "step": r"(?:global_?)?steps?",
@@ -252,10 +252,7 @@ def _said(member: _Member) -> int | None:
     for name, key in STEP_FILES.items():
         file = member.path / name
         if member.path.is_dir() and file.is_file():
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{file} cannot be read as JSON: {error}") from error
+            found = read_json(file)
             step = found.get(key) if isinstance(found, dict) else None
             if type(step) is int:
                 return step

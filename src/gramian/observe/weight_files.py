@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gramian.errors import InputError
+from gramian.reading import check_regular, check_stored
 
 SAFE = ".safetensors"
 TORCH = (".pt", ".pth", ".ckpt", ".bin")
@@ -166,6 +167,7 @@ def metadata(file: Path) -> dict[str, str]:
 
     Raises: InputError as `open_weights`.
     """
+    check_regular(file)
     if file.suffix == SAFE:
         return _header(file)[0]
     plain = _saved(file).items()
@@ -173,6 +175,7 @@ def metadata(file: Path) -> dict[str, str]:
 
 
 def _tensors(file: Path) -> Iterator[Stored]:
+    check_regular(file)
     if file.suffix == SAFE:
         return _safe(file)
     if file.suffix in TORCH:
@@ -211,14 +214,19 @@ def _torch(file: Path) -> Iterator[Stored]:
         )
     within, tensors = found
     first: dict[Any, str] = {}
+    length = file.stat().st_size
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise InputError(f"{file} holds {name} as no plain tensor of numbers; save a plain state dict")
+        if tensor.data_ptr() % tensor.element_size():  # some of torch's loops crash on such
+            raise InputError(f"{file} holds {name} at no multiple of its elements' size, as torch.save would")
+        if tensor.numel() > length:
+            raise InputError(f"{file} announces {tensor.numel():,} elements of {name}, more than it holds")
         shape = tuple(tensor.shape)
         memory = (tensor.data_ptr(), shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
         same = first.setdefault(memory, name)
         shares = "" if same == name else same
-        about = {"within": within, "shares": shares, "length": file.stat().st_size}
+        about = {"within": within, "shares": shares, "length": length}
         yield Mapped(name, shape, tensor.dtype, file, data=tensor.detach(), **about)
 
 
@@ -232,6 +240,7 @@ def _saved(file: Path) -> Mapping[Any, Any]:
             raise InputError(
                 f"{file} is damaged or in the format of torch before 1.6, not read in slices; {trusted}"
             )
+        check_stored(file)
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except InputError:
         raise

@@ -20,6 +20,12 @@ SHAPINGS = ("none", "tat", "dks")
 POSITIONS = 8
 """Side of the random images that convolutions read."""
 
+KERNEL = 3
+"""Side of the convolutions."""
+
+LAYER = 5000
+"""Bytes that the objects of one layer take at least, whatever its width."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -82,6 +88,21 @@ class Architecture:
         if self.gains != "none" and "residual" not in self.name:
             raise InputError(f"gains are of residual networks, and {self.name} takes none")
 
+    def least_bytes(self) -> float:
+        """Return the bytes that one finite network takes at least, with what its layers give out.
+
+            8 L (k w² + p w + T²) + 5 000 L
+
+        L layers of width w at p positions of an input, k weights a pair of features, T² pairs of tokens.
+        """
+        pairs, weights, positions = 0, 1, 1
+        if self.transformer:
+            pairs, weights, positions = self.tokens**2, 7, self.tokens
+        elif "convolution" in self.name:
+            weights, positions = KERNEL**2, POSITIONS**2
+        layer = weights * self.width**2 + positions * self.width + pairs
+        return (8.0 * layer + LAYER) * self.depth
+
 
 @dataclass(frozen=True, eq=False)
 class Network:
@@ -125,7 +146,7 @@ def network(architecture: Architecture, features: int, seed: int) -> Network:
 def _linear(features: int, architecture: Architecture, convolves: bool) -> nn.Module:
     bias = architecture.bias_std > 0
     if convolves:
-        return nn.Conv2d(features, architecture.width, 3, padding=1, padding_mode="circular", bias=bias)
+        return nn.Conv2d(features, architecture.width, KERNEL, padding=1, padding_mode="circular", bias=bias)
     return nn.Linear(features, architecture.width, bias=bias)
 
 

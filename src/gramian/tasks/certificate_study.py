@@ -112,14 +112,14 @@ def run_certificates(
     Raises: InputError for settings or data that cannot be used; DivergedError when a loss is not finite.
     """
     study.check()
-    open_run(folder, study, resume=True)
+    run = open_run(folder, study, resume=True)
     wanted = [(seed, fraction, way) for seed in seeds for fraction in study.fractions for way in study.ways]
     loaded: dict[int, Examples] = {}
     found = []
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("certifying", total=len(wanted))
         for seed, fraction, way in wanted:
-            place = folder / f"seed-{seed}" / f"{fraction:g}-{way.replace(' ', '-')}.json"
+            place = run.folder / f"seed-{seed}" / f"{fraction:g}-{way.replace(' ', '-')}.json"
             progress.update(bar, description=f"{way}, prior from {fraction:.0%}, seed {seed}")
             if not place.exists():
                 if seed not in loaded:

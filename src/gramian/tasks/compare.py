@@ -9,9 +9,11 @@ from rich.console import Console
 from gramian.data.tokens import Corpus, unigram_entropy
 from gramian.errors import InputError
 from gramian.nn.blocks import block as registered_block
+from gramian.ranks import is_main, on_main
 from gramian.tasks.examine import BlockResult, examine
 from gramian.tasks.language import (
     Job,
+    affordable,
     model_config,
     prepare,
     print_facts,
@@ -20,7 +22,9 @@ from gramian.tasks.language import (
     training_batches,
 )
 from gramian.tasks.saved_model import publish
-from gramian.train.run import Run, open_run
+from gramian.train.loop import Trainer
+from gramian.train.processes import main_first, open_run_once
+from gramian.train.run import Run
 from gramian.train.side_by_side import train_side_by_side
 
 
@@ -68,34 +72,46 @@ def compare(
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
-) -> Comparison:
+) -> Comparison | None:
     """Run a comparison in its folder; every block has a run folder of its own below it.
+
+    Several processes train together; the main one alone examines the models and gets the comparison.
 
     Raises: InputError for settings or text that cannot be used; StoppedError after a signal, all blocks
     saved; DivergedError when a loss is not finite, with the last good checkpoints kept.
     """
     config.check()
-    console = console or Console()
+    console = console or Console(quiet=not is_main())
     folder = run_folder(config.runs, config.name)
     with console.status("reading and tokenising the text"):
-        corpus = config.data.load()
+        corpus = main_first(config.data.load)
     training_batches(config, corpus)  # like the next line: what does not fit fails before anything is written
-    model_config(config, config.blocks[0], corpus)
-    run = open_run(folder, config, resume=resume, overwrite=overwrite)
+    affordable(model_config(config, config.blocks[0], corpus), config.training)
+    run = open_run_once(folder, config, resume=resume, overwrite=overwrite)
     trainers = {name: prepare(config, name, corpus, folder / name, resume=resume) for name in config.blocks}
-    entropy = unigram_entropy(corpus.train, corpus.validation, corpus.vocabulary)
     print_facts(console, text_facts(corpus))
     train_side_by_side(trainers, console)
+    for trainer in trainers.values():
+        trainer.close()
+    found: list[Comparison] = []
+    on_main(lambda: found.append(_concluded(config, run, trainers, corpus, console)))
+    return found[0] if found else None
+
+
+def _concluded(
+    config: CompareConfig, run: Run, trainers: dict[str, Trainer], corpus: Corpus, console: Console
+) -> Comparison:
+    """Examine what was trained and write what was found."""
+    entropy = unigram_entropy(corpus.train, corpus.validation, corpus.vocabulary)
     results = []
     for name, trainer in trainers.items():
-        trainer.close()
         with console.status(f"observing and quantising {name}"):
             results.append(examine(trainer, config, corpus, config.calibration_batches))
         publish(trainer.run)
         trainer.run.write_result(asdict(results[-1]))
     minutes = sum(trainer.seconds for trainer in trainers.values()) / 60
     comparison = Comparison(
-        folder=folder,
+        folder=run.folder,
         results=tuple(results),
         unigram_entropy=entropy,
         facts=_facts(config, corpus, run, minutes),

@@ -1,7 +1,7 @@
 """Before training a shaped transformer: the law of its tokens' correlations and norms, and networks."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,9 @@ from gramian.core.gram import Gram
 from gramian.core.readings import cosine
 from gramian.core.sde import Paths, check_covariance
 from gramian.errors import InputError
+from gramian.memory import check_memory
 from gramian.nn.shaped_networks import ShapedNetworks
+from gramian.ranks import ranks, spread
 from gramian.tasks.predict import matrix
 from gramian.tasks.samples import Distance, Share, Summary, kolmogorov_smirnov, share, summary
 from gramian.tasks.verdict import COLLAPSED, FAR
@@ -90,7 +92,7 @@ class CovarianceConfig:
         return ShapedBlock(self.gamma, self.tau0, self.causal, self.positive, self.negative)
 
     def check(self) -> None:
-        """Raise InputError naming the first setting that cannot be used."""
+        """Raise InputError naming the first setting that cannot be used, or what no memory here holds."""
         least = {"depth": 1, "width": 1, "tokens": 2, "key_width": 1, "paths": 2, "networks": 0, "seed": 0}
         for name, value in least.items():
             if getattr(self, name) < value:
@@ -104,12 +106,27 @@ class CovarianceConfig:
             raise InputError(
                 f"positive must be above −√width, which is {-(self.width**0.5):.3g}, got {self.positive:g}"
             )
+        self._check_sizes()
         lowest = -1 / (self.tokens - 1)
         if self.gram is None and not lowest <= self.correlation <= 1:
             raise InputError(
                 f"{self.tokens} tokens can all correlate at {lowest:.3g} to 1 with one another, got "
                 f"{self.correlation:g}"
             )
+
+    def _check_sizes(self) -> None:
+        """Refuse what no memory here holds: at least 8 bytes a reading, an entry of a state, a feature."""
+        times = RECORDS + 1
+        check_memory(8.0 * 3 * times * self.paths, f"readings of {self.paths:,} paths")
+        check_memory(8.0 * 3 * times * self.networks, f"readings of {self.networks:,} networks")
+        together = min(max(self.paths, self.networks), BATCH)
+        tokens = 0 if self.gram is not None else self.tokens
+        check_memory(
+            8.0 * times * together * tokens**2, f"{together} covariances of {tokens:,} tokens at once"
+        )
+        if self.networks:
+            features = f"finite networks of {tokens:,} tokens and width {self.width:,}"
+            check_memory(16.0 * tokens * self.width, f"{features} (0 networks is theory alone)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,16 +265,17 @@ def _depths(depth: int) -> list[int]:
 def _theory(config: CovarianceConfig, start: Tensor, seeds: Iterator[int], progress: Progress) -> Ensemble:
     records = [depth / config.width for depth in _depths(config.depth)]
     bar = progress.add_task("paths of the SDE", total=config.paths)
-    parts = []
-    for paths in _batches(config.paths):
-        steps, seed = config.steps or config.depth, next(seeds)
+
+    def followed(batch: tuple[int, int]) -> dict[str, Tensor]:
+        paths, seed = batch
         found = simulate(
-            config.block, start, config.time, paths=paths, steps=steps, seed=seed, records=records,
-            bound=_bound(start),
+            config.block, start, config.time, paths=paths, steps=config.steps or config.depth, seed=seed,
+            records=records, bound=_bound(start),
         )  # fmt: skip
-        parts.append(_Batch(found))
-        progress.advance(bar, paths)
-    return _ensemble(parts, config.width)
+        progress.advance(bar, paths * ranks())
+        return _kept(found)
+
+    return _ensemble(spread(followed, zip(_batches(config.paths), seeds, strict=False)), config.width)
 
 
 def _networks(config: CovarianceConfig, start: Tensor, seeds: Iterator[int], progress: Progress) -> Ensemble:
@@ -271,40 +289,53 @@ def _networks(config: CovarianceConfig, start: Tensor, seeds: Iterator[int], pro
         negative=config.negative,
     )
     bar = progress.add_task("finite networks", total=config.networks)
-    parts = []
-    for networks in _batches(config.networks):
+
+    def followed(batch: tuple[int, int]) -> dict[str, Tensor]:
+        networks, seed = batch
         found = finite.simulate(
             start,
             config.depth,
             networks=networks,
-            seed=next(seeds),
+            seed=seed,
             records=_depths(config.depth),
             bound=_bound(start),
         )
-        parts.append(_Batch(found))
-        progress.advance(bar, networks)
-    return _ensemble(parts, config.width)
+        progress.advance(bar, networks * ranks())
+        return _kept(found)
+
+    return _ensemble(spread(followed, zip(_batches(config.networks), seeds, strict=False)), config.width)
 
 
 def _region(config: CovarianceConfig, start: Tensor, seeds: Iterator[int], progress: Progress) -> Region:
     gammas, taus = sorted({*GAMMAS, config.gamma}), sorted({*TAUS, config.tau0})
-    cells, blown_up, collapsed, blown_up_by = list(product(gammas, taus)), [], [], []
+    cells = list(product(gammas, taus))
     times = [config.time * factor for factor in HORIZONS]
+    bar = progress.add_task("stable region", total=len(cells))
     seed = next(seeds)  # one for all cells, so that they differ by their settings alone
-    for gamma, tau0 in progress.track(cells, description="stable region"):
-        asked = tau0 == config.tau0
-        horizon = HORIZONS[-1] if asked else 1
+
+    def looked_at(cell: tuple[float, float]) -> dict[str, Tensor]:
+        gamma, tau0 = cell
+        horizon = HORIZONS[-1] if tau0 == config.tau0 else 1
         found = simulate(
             replace(config.block, gamma=gamma, tau0=tau0), start, config.time * horizon, paths=CELL_PATHS,
             steps=(config.steps or config.depth) * horizon, records=[config.time], seed=seed,
             bound=_bound(start),
         )  # fmt: skip
-        lost = [(found.stopped <= time * (1 + 1e-9)).double().mean().item() for time in times]
-        blown_up.append(lost[HORIZONS.index(1)])
-        collapsed.append(0.0 if bool(_collapsed(start)) else _Batch(found).collapsed.double().mean().item())
-        blown_up_by += [lost] if asked else []
+        progress.advance(bar, ranks())
+        lost = [(found.stopped <= time * (1 + 1e-9)).double().mean() for time in times]
+        return {"lost": torch.stack(lost), "collapsed": _kept(found)["collapsed"].double().mean()}
+
+    looks = spread(looked_at, cells)
+    lost = [look["lost"].tolist() for look in looks]
+    together = bool(_collapsed(start))
     return Region(
-        gammas, taus, CELL_PATHS, _rows(blown_up, len(taus)), _rows(collapsed, len(taus)), times, blown_up_by
+        gammas,
+        taus,
+        CELL_PATHS,
+        _rows([row[HORIZONS.index(1)] for row in lost], len(taus)),
+        _rows([0.0 if together else look["collapsed"].item() for look in looks], len(taus)),
+        times,
+        [row for row, (_, tau0) in zip(lost, cells, strict=True) if tau0 == config.tau0],
     )
 
 
@@ -312,30 +343,23 @@ def _rows(values: Sequence[float], columns: int) -> list[list[float]]:
     return [list(values[first : first + columns]) for first in range(0, len(values), columns)]
 
 
-class _Batch:
-    """What is kept of some paths: readings (records, paths), who is left when, who collapsed."""
-
-    def __init__(self, found: Paths) -> None:
-        self.times = found.times
-        self.values = readings(found.states)
-        self.left = found.stopped > found.times[:, None] * (1 + 1e-9)
-        self.blown_up = found.stopped.isfinite()
-        self.collapsed = _collapsed(found.states[-1]) & self.left[-1]
-
-
-def _ensemble(parts: Sequence[_Batch], width: int) -> Ensemble:
-    left = _joined(parts, lambda part: part.left)
-    through, final = {}, {}
-    for name in parts[0].values:
-        values = _joined(parts, lambda part, name=name: part.values[name])
-        through[name] = [summary(row[kept]) for row, kept in zip(values, left, strict=True)]
-        final[name] = values[-1][left[-1]].tolist()
-    depths = (parts[0].times * width).tolist()
-    blown_up, collapsed = (
-        share(_joined(parts, take)) for take in (lambda part: part.blown_up, lambda part: part.collapsed)
-    )
-    return Ensemble(depths, through, final, blown_up, collapsed)
+def _kept(found: Paths) -> dict[str, Tensor]:
+    """Return what is kept of some paths: readings (records, paths), who is left when, who collapsed."""
+    left = found.stopped > found.times[:, None] * (1 + 1e-9)
+    return {
+        "times": found.times,
+        "left": left,
+        "blown up": found.stopped.isfinite(),
+        "collapsed": _collapsed(found.states[-1]) & left[-1],
+        **readings(found.states),
+    }
 
 
-def _joined(parts: Iterable[_Batch], take: Callable[[_Batch], Tensor]) -> Tensor:
-    return torch.cat([take(part) for part in parts], -1)
+def _ensemble(parts: Sequence[Mapping[str, Tensor]], width: int) -> Ensemble:
+    whole = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0] if name != "times"}
+    left, through, final = whole["left"], {}, {}
+    for name in (each for each in (PAIR, MEAN, NORM) if each in whole):
+        through[name] = [summary(row[kept]) for row, kept in zip(whole[name], left, strict=True)]
+        final[name] = whole[name][-1][left[-1]].tolist()
+    depths = (parts[0]["times"] * width).tolist()
+    return Ensemble(depths, through, final, share(whole["blown up"]), share(whole["collapsed"]))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from accelerate import Accelerator
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from gramian.errors import InputError
 from gramian.files import atomic_file
+from gramian.memory import check_memory
 from gramian.nn.field import Field, ImageField, PixelGrid
 from gramian.nn.field_encodings import Encoding, FourierFeatures, HashGrid, Sine
 from gramian.nn.field_members import Members
@@ -22,6 +24,9 @@ from gramian.tasks.observed_views import Observed
 from gramian.train.loop import Trainer, Training
 from gramian.train.run import Run, open_run
 from gramian.train.side_by_side import train_side_by_side
+
+LAYER = 1000
+"""Bytes that the objects of one layer take at least, whatever its width."""
 
 BEST = "best.safetensors"
 """Parameters of all members where unseen views were predicted best."""
@@ -45,13 +50,13 @@ class Network:
     """Units of a hidden layer."""
     depth: int = 2
     """Hidden layers after the first."""
-    dropout: float = 0.2
+    dropout: float = 0.05
     """Rate of dropout, where the uncertainty is told by it."""
     levels: int = 8
     """Grids of the pyramid."""
     features: int = 4
     """Learned numbers at a node of a grid."""
-    entries: int = 2**15
+    entries: int = 2**18
     """Longest table of a grid."""
     waves: int = 363
     """Random waves of a fourier encoding."""
@@ -64,7 +69,15 @@ class Network:
         """Raise InputError naming the first setting that cannot be used."""
         if self.encoding not in RATES or self.encoding == "pixels":
             raise InputError(f"unknown encoding {self.encoding!r}; choose hash, fourier or sine")
+        what = f"a field of {self.depth:,} layers of width {self.width:,} on its {self.encoding} encoding"
+        check_memory(4.0 * self.least_parameters + LAYER * max(self.depth, self.levels), what)
         self.build(8, 0, dropout=True)
+
+    @property
+    def least_parameters(self) -> int:
+        """Numbers that a field has at least, whatever the size of its image."""
+        encoded = {"hash": self.levels * self.features, "fourier": 2 * self.waves, "sine": 2}[self.encoding]
+        return self.width * (encoded + self.depth * self.width)
 
     @torch.random.fork_rng(devices=[])  # layers draw a start from the global generator before the seed's
     def build(self, size: int, seed: int, *, dropout: bool) -> ImageField:
@@ -102,11 +115,11 @@ class Fit:
     """Optimiser steps, each with all views."""
     learning_rate: float | None = None
     """Of Adam at its highest; 0.05 for pixels, 0.01 for hash, 0.001 for fourier when not given."""
-    finish: float = 0.3
+    finish: float = 0.5
     """Further steps as a share of these, from the best parameters and with the views that were unseen too."""
     coarse: float = 0.4
     """Share of the steps, the first, that see pixels of twice the side."""
-    patience: float = 0.2
+    patience: float = 0.5
     """Share of the steps after which a fit ends when unseen views were predicted no better."""
     chunk: int | None = None
     """Pixels that go through a network at a time, to save memory; all when not given."""
@@ -134,6 +147,11 @@ class Fit:
     def weight(self) -> float:
         """Weight of total variation that is used."""
         return VARIATION if self.variation is None else self.variation
+
+    @property
+    def place(self) -> torch.device:
+        """Where it is done."""
+        return Accelerator(cpu=self.device == "cpu").device
 
     def training(self, kind: str) -> Training:
         """Return the settings of the loop."""
@@ -178,6 +196,13 @@ class Job:
             return self
         chosen = variation if self.pixels else FIELD_SHARE * variation
         return replace(self, fit=replace(self.fit, variation=chosen))
+
+    def least_numbers(self, size: int, pixels: int) -> int:
+        """Return how many numbers a member holds at least in a fit, at pixels inside the outline."""
+        if self.pixels:
+            return 4 * size**2
+        inside = 0 if self.fit.chunk is not None else pixels * self.network.width * self.network.depth
+        return 4 * self.network.least_parameters + inside // (2 if self.fit.precision == "bf16" else 1)
 
     def field(self, size: int, member: int) -> ImageField:
         """Return a member at its start."""

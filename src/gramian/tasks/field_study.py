@@ -29,9 +29,11 @@ class FieldStudy:
     """What is fitted to every scan, with every seed."""
 
     network: Network = field(default_factory=Network)
-    fit: Fit = field(default_factory=lambda: Fit(steps=600))
+    fit: Fit = field(default_factory=lambda: Fit(steps=1200))
     doubt: Doubt = field(default_factory=Doubt)
     """Its uncertainty is set from the others."""
+    ensembles: bool = True
+    """Whether there are ensembles, or one field and one with dropout alone."""
     around: tuple[str, ...] = ()
     """Posteriors around the first field: last_layer, laplace, variational or hmc."""
     classical: tuple[str, ...] = ("fbp", "sirt", "fista_tv")
@@ -90,39 +92,43 @@ def study(scans: Sequence[Scan], config: FieldStudy, folder: Path, console: Cons
         if scan.truth is None:
             raise InputError(f"the truth of {scan.name} is not known, so nothing can be judged by it")
         for seed in config.seeds:
-            observed = observe(scan, held_out=config.held_out, seed=seed)
+            observed = observe(scan, held_out=config.held_out, seed=seed, device=config.fit.place)
             place = folder / f"scan-{number}-seed-{seed}"
-            names = config.classical if seed == config.seeds[0] else ()
-            for row in (*_classical(observed, names), *_fields(observed, seed, config, place)):
+            beside = _without_draws(observed, config, place) if seed == config.seeds[0] else ()
+            for row in (*beside, *_fields(observed, seed, config, place)):
                 rows.append(row)
                 console.print(f"{row.scan}, seed {seed}: {row.text()}", highlight=False, markup=False)
     return rows
 
 
-def _classical(observed: Observed, names: Sequence[str]) -> Iterator[Row]:
-    for name in names:
+def _without_draws(observed: Observed, config: FieldStudy, folder: Path) -> Iterator[Row]:
+    for name in config.classical:
         found = reconstruct(name, observed)
         yield _of_image(name, found.image, observed, found.seconds)
+    settings = replace(config.fit, steps=PIXEL_STEPS * config.fit.steps, seed=config.seeds[0])
+    job = Job(pixels=True, fit=settings).weighed(chosen_variation(observed))
+    judged, grid = _fitted(job, observed, folder / "pixels", Console(quiet=True))
+    seconds = judged.seconds + grid.seconds
+    yield _of_image("pixels + TV", grid.members(1)[0].detach(), observed, seconds)
 
 
 def _fields(observed: Observed, seed: int, config: FieldStudy, folder: Path) -> Iterator[Row]:
     settings, console = replace(config.fit, seed=seed), Console(quiet=True)
-    variation = None if settings.variation is not None else chosen_variation(observed)
-    pixels = Job(pixels=True, fit=replace(settings, steps=PIXEL_STEPS * settings.steps))
-    judged, grid = _fitted(pixels.weighed(variation), observed, folder / "pixels", console)
-    seconds = judged.seconds + grid.seconds
-    yield _of_image("pixels + TV", grid.members(1)[0].detach(), observed, seconds)
+    variation = chosen_variation(observed)
     for masks in (False, True):
-        job = Job(members=config.doubt.members, dropout=masks, network=config.network, fit=settings)
+        members = config.doubt.members if config.ensembles else 1
+        job = Job(members=members, dropout=masks, network=config.network, fit=settings)
         fits = _fitted(job.weighed(variation), observed, folder / ("dropout" if masks else "plain"), console)
         seconds, count = sum(each.seconds for each in fits), job.members
         alone = first(fits[0], observed), first(fits[1], observed)
         if masks:
             yield _drawn("field, dropout", "dropout", alone, observed, seconds / count, config)
-            yield _drawn(f"{count} fields, dropout", "dropout_ensemble", fits, observed, seconds, config)
+            if config.ensembles:
+                yield _drawn(f"{count} fields, dropout", "dropout_ensemble", fits, observed, seconds, config)
             continue
         yield _of_image("field", alone[1].members(1)[0].detach(), observed, seconds / count)
-        yield _drawn(f"{count} fields", "ensemble", fits, observed, seconds, config)
+        if config.ensembles:
+            yield _drawn(f"{count} fields", "ensemble", fits, observed, seconds, config)
         for name in config.around:
             yield _drawn(f"field, {name}", name, alone, observed, seconds / count, config)
 

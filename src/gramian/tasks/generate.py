@@ -8,6 +8,7 @@ import torch
 import tyro
 
 from gramian.errors import InputError
+from gramian.memory import check_memory
 from gramian.tasks.saved_model import open_saved, shape_of, tokenizer_of, trained_model
 
 
@@ -72,6 +73,9 @@ def generate(config: GenerateConfig) -> list[str]:
             f"the prompt's {len(prompt)} tokens and {config.tokens} new ones exceed the run's context of "
             f"{shape.context}"
         )
+    rows, length = max(config.samples, config.beams), len(prompt) + config.tokens
+    remembered = 2 * shape.depth * length * shape.width * (shape.key_heads or shape.heads) // shape.heads
+    check_memory(4 * rows * (shape.vocabulary + remembered), f"{rows:,} texts of {length:,} tokens at once")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = torch.tensor([prompt], device=device)
     drawing = {"do_sample": False}

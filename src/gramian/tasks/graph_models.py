@@ -10,6 +10,7 @@ from gramian.data.graph_splits import Split
 from gramian.data.graphs import NODE_TASKS, Graphs
 from gramian.errors import InputError, MissingExtraError
 from gramian.interop.message_passing import LAYERS, MessagePassingNetwork, message_passing_layers
+from gramian.memory import check_memory
 from gramian.nn.graph import DistanceFilter
 from gramian.nn.graph_network import FeatureEncoder, GraphNetwork, TypeEncoder, head
 from gramian.nn.positional_encodings import PositionEncoder
@@ -61,6 +62,16 @@ class Architecture:
             raise InputError(f"unknown read-out {self.readout!r}; choose mean or sum")
         if self.encoding not in ENCODINGS:
             raise InputError(f"unknown encoding {self.encoding!r}; choose one of {', '.join(ENCODINGS)}")
+        largest = min(self.parameters // 4, self.layers * WIDEST**2)  # steps of widths leave no larger part
+        what = f"training {self.layers:,} layers within {self.parameters:,} parameters"
+        check_memory(16 * largest, what)
+        counted = {"layers": self.layers, "encoding_size": self.encoding_size * (self.encoding != "none")}
+        for name, count in counted.items():
+            if count * WIDTHS > self.parameters:
+                raise InputError(
+                    f"{name} = {count:,} alone makes {count * WIDTHS:,} parameters or more, and at most "
+                    f"{self.parameters:,} are allowed"
+                )
 
 
 ENCODINGS = ("none", "laplacian", "random_walk")

@@ -117,12 +117,12 @@ def train_graphs(
     graphs, split = sampler.graphs, sampler.split
     for line in (graphs.text(), _sizes(split, sampler.hops)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    open_run(folder, settings, resume=resume, overwrite=overwrite)
+    run = open_run(folder, settings, resume=resume, overwrite=overwrite)
     metric = METRICS[graphs.task]
     outcomes: dict[str, tuple[Outcome, ...]] = {}
     tried: list[Outcome] = []
     for model in config.models:
-        outcomes[model], rates = _outcomes(config, model, metric, sampler, folder, console)
+        outcomes[model], rates = _outcomes(config, model, metric, sampler, run.folder, console)
         tried += rates
     if not any(outcomes.values()):
         raise DivergedError("the training of every network diverged; try a lower learning rate")

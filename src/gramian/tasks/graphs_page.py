@@ -1,6 +1,5 @@
 """What a comparison of networks on graphs leaves behind: a report page, figures, numbers, predictions."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
@@ -207,12 +206,11 @@ def write_report(found: Comparison, config: GraphsConfig) -> Path:
     """
     judged, folder = judge(found, config), found.folder
     page = report_page(found, config, judged)
-    with atomic_folder(folder / FIGURES) as temporary:
+    with atomic_folder(folder / FIGURES, replace=True) as temporary:
         for section in page.sections:
             for block in section.blocks:
                 if isinstance(block, Plot):
                     save(block.figure, temporary / f"{block.title.lower().replace(' ', '_')}.svg")
-        shutil.rmtree(folder / FIGURES, ignore_errors=True)
     if judged is not None:
         write_text(folder / PREDICTIONS, predictions_csv(found, judged))
     write_json(folder / NUMBERS, numbers(found, config, judged))

@@ -1,6 +1,7 @@
 """Language models on a user's text: what to read, what to build, how to train and judge it."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import count
 from pathlib import Path
@@ -13,14 +14,17 @@ from torch.nn.functional import cross_entropy
 
 from gramian.data.objectives import IGNORED, HiddenTokens, NextToken, Objective
 from gramian.data.tokens import Corpus, Windows, bits_per_byte, load_corpus
-from gramian.errors import InputError
+from gramian.errors import DivergedError, InputError, StoppedError
+from gramian.memory import check_memory
 from gramian.nn.blocks import block as registered_block
 from gramian.nn.blocks import gains
 from gramian.nn.transformer import Shape, TransformerConfig, build
 from gramian.observe.probe import Probe
+from gramian.ranks import is_main, on_main, ranks
 from gramian.tasks.saved_model import describe, publish
 from gramian.train.loop import Trainer, Training
-from gramian.train.run import Run, open_run
+from gramian.train.processes import main_first, open_run_once
+from gramian.train.run import Run
 from gramian.train.side_by_side import train_side_by_side
 
 
@@ -99,6 +103,29 @@ def model_config(job: Job, block: str, corpus: Corpus) -> TransformerConfig:
     return TransformerConfig(vocabulary=vocabulary, block=block, causal=causal, **asdict(job.shape))
 
 
+def affordable(shape: TransformerConfig, training: Training) -> None:
+    """Refuse a transformer or batch that no memory here holds, before any of it is allocated.
+
+        bytes ≥ s P + (b/a) T (8 V + 4 L (5 w + m))
+
+    P parameters, s = 16 bytes each for weight, gradient and two moments (8 for optimisers that keep fewer), L
+    blocks of width w with m hidden features, b/a sequences of T tokens at once, V tokens of the vocabulary.
+
+    Readings are 100 bytes a look at the loss and 400 bytes a block and observation.
+
+    Raises: InputError with what is needed.
+    """
+    width, state = shape.width, 16 if training.optimiser in ("adamw", "soap", "shampoo") else 8
+    what = f"training {shape.depth:,} blocks of width {width:,} on a vocabulary of {shape.vocabulary:,}"
+    check_memory(state * shape.least_parameters / ranks(), what)
+    kept = width if training.gradient_checkpointing else 5 * width + (shape.mlp_width or 4 * width)
+    number, at_once = 2 if training.precision == "bf16" else 4, training.batch // training.accumulation
+    needed = at_once * shape.context * number * (2 * shape.vocabulary + shape.depth * kept) / ranks()
+    rows = training.steps // training.log_every + 4 * shape.depth * training.steps // training.observe_every
+    check_memory(100.0 * rows, f"the readings of {training.steps:,} steps")  # a file and a page hold them all
+    check_memory(needed, f"{what}, {at_once:,} sequences of {shape.context:,} tokens at once,")
+
+
 def objective(job: Job, corpus: Corpus, seed: int) -> Objective:
     """Return what a job's model is to predict in a window of the text."""
     if job.objective == "causal":
@@ -109,9 +136,9 @@ def objective(job: Job, corpus: Corpus, seed: int) -> Objective:
 def run_folder(runs: Path, name: str) -> Path:
     """Return the folder of a run.
 
-    Raises: InputError for a name that is no plain folder name.
+    Raises: InputError for a name that is no plain folder name, or of a hidden folder.
     """
-    if not name or name in (".", "..") or Path(name).name != name:
+    if not name.isprintable() or name[:1] in ("", ".") or Path(name).name != name:
         raise InputError(f"a run's name must be a plain folder name, got {name!r}")
     return runs / name
 
@@ -145,16 +172,21 @@ def language_loss(model: nn.Module, batch: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
+def predicted(batch: Tensor) -> int:
+    """Return how many targets of a batch are to be predicted."""
+    return int((batch[:, 1] != IGNORED).sum())
+
+
 def predict(model: nn.Module, batches: Iterable[Tensor]) -> tuple[float, Tensor]:
     """Return the summed loss in nats over batches, and the tokens that were predicted."""
     device = next(model.parameters()).device
-    nats, predicted = 0.0, []
+    nats, found = 0.0, []
     with torch.no_grad():
         for batch in batches:
             targets = batch[:, 1][batch[:, 1] != IGNORED]
             nats += language_loss(model, batch.to(device)).item() * len(targets)
-            predicted.append(targets)
-    return nats, torch.cat(predicted)
+            found.append(targets)
+    return nats, torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -207,6 +239,7 @@ def prepare(
     Raises: InputError for settings that do not fit, before anything is written.
     """
     shape = model_config(job, block, corpus)
+    affordable(shape, job.training)
     model = build(shape, job.training.seed)
     model.gradient_checkpointing = job.training.gradient_checkpointing
     batches = training_batches(job, corpus)
@@ -218,8 +251,8 @@ def prepare(
 
     shared = {each.name: getattr(job, each.name) for each in fields(Job)}
     config = TrainConfig(**shared, block=block, name=folder.name)
-    run = open_run(folder, config, resume=resume, overwrite=overwrite)
-    describe(folder, shape, corpus.tokenizer)
+    run = open_run_once(folder, config, resume=resume, overwrite=overwrite)
+    on_main(lambda: describe(folder, shape, corpus.tokenizer))
     return Trainer(
         model,
         language_loss,
@@ -230,6 +263,7 @@ def prepare(
         run,
         tokens=job.training.batch * job.shape.context,
         resume=resume,
+        count=predicted,
     )
 
 
@@ -241,18 +275,32 @@ def train(
     Raises: InputError for settings or text that cannot be used; StoppedError after a signal, saved;
     DivergedError when the loss is not finite, with the last good checkpoint kept.
     """
-    console = console or Console()
+    console = console or Console(quiet=not is_main())
     config.check()
     registered_block(config.block)
     folder = run_folder(config.runs, config.name)
     with console.status("reading and tokenising the text"):
-        corpus = config.data.load()
+        corpus = main_first(config.data.load)
     trainer = prepare(config, config.block, corpus, folder, resume=resume, overwrite=overwrite)
     print_facts(console, text_facts(corpus))
-    try:
+    with _published(trainer.run):
         train_side_by_side({config.block: trainer}, console)
-    finally:
-        publish(trainer.run)
     trainer.close()
-    trainer.run.write_result({**trainer.latest, "tokens_per_second": trainer.tokens_per_second})
+    result = {**trainer.latest, "tokens_per_second": trainer.tokens_per_second}
+    on_main(lambda: trainer.run.write_result(result))
     return trainer.run
+
+
+@contextmanager
+def _published(run: Run) -> Iterator[None]:
+    """Publish the newest checkpoint however training ends; all processes wait where all end alike."""
+    try:
+        yield
+    except (StoppedError, DivergedError):
+        on_main(lambda: publish(run))
+        raise
+    except BaseException:
+        if is_main():
+            publish(run)
+        raise
+    on_main(lambda: publish(run))

@@ -157,14 +157,14 @@ def run_costs(study: CostStudy, folder: Path, console: Console | None = None) ->
     """
     console = console or Console()
     study.check()
-    open_run(folder, study, resume=True)
+    run = open_run(folder, study, resume=True)
     found = []
     for family in study.families:
         for nodes in study.nodes:
             for layer in study.layers:
                 if layer == PAIRS and nodes > study.pair_nodes:
                     continue
-                place = folder / f"{family}-{nodes}-{layer}.json"
+                place = run.folder / f"{family}-{nodes}-{layer}.json"
                 if not place.exists():
                     with console.status(f"{layer} on a graph of {nodes} nodes ({family})"):
                         write_json(place, asdict(cost_of(study, family, nodes, layer)))

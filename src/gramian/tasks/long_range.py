@@ -135,11 +135,11 @@ def run_long_range(study: LongRangeStudy, folder: Path, console: Console | None 
     """
     console = console or Console()
     study.check()
-    open_run(folder, study, resume=True)
+    run = open_run(folder, study, resume=True)
     found = []
     for task in study.tasks:
         for distance in study.distances:
-            place = folder / f"{task}-{distance}.json"
+            place = run.folder / f"{task}-{distance}.json"
             if not place.exists():
                 console.print(f"{task} at distance {distance}", highlight=False)
                 write_json(

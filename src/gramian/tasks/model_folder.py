@@ -13,11 +13,21 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gramian.errors import InputError
-from gramian.train.run import read_json
+from gramian.reading import FREE, check_regular, explained, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTISED = "quantisation.json"
 """What an exported quantised model has beside its configuration."""
+
+CONFIG = "config.json"
+COUNTED = re.compile(r"layer|block|expert|depth|stage|head|group")
+"""Names of the numbers of parts in a configuration."""
+
+PARTS = 1000
+"""Parts of a kind that any model may have; beyond them there has to be a tensor for each."""
+
+PACKED = 16
+"""Numbers for each byte of the weights that a model has at most, however they are packed."""
 
 UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 """Files in Python's own format for objects, which runs what they say while they are read."""
@@ -49,7 +59,11 @@ def located(where: str, offline: bool) -> Path:
             f"{where} is no folder that exists, and the hub has no model of this name"
         ) from error
     except (OSError, ValueError, HfHubHTTPError) as error:
-        how = "was not fetched earlier" if offline else "cannot be fetched (is there network?)"
+        how = (
+            "was not fetched earlier, and offline nothing is"
+            if offline
+            else "cannot be fetched (is there network?)"
+        )
         raise InputError(f"{where} is no folder that exists, and as a model of the hub it {how}") from error
 
 
@@ -103,6 +117,7 @@ def _check_shards(folder: Path) -> None:
 
 def _tensors(path: Path) -> set[str]:
     """Return the names of the tensors in a file of which the length and the table of contents are right."""
+    check_regular(path)
     try:
         with safe_open(path, "pt") as file:
             return set(file.keys())
@@ -148,16 +163,17 @@ def configuration(folder: Path) -> Any:
     found = read_json(path)
     kind = found.get("model_type") if isinstance(found, dict) else None
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        ours = (
-            " without running code of the folder, which is never done" if "auto_map" in (found or {}) else ""
-        )
+        coded = isinstance(found, dict) and "auto_map" in found
+        ours = " without running code of the folder, which is never done" if coded else ""
         raise InputError(f"{path} is of model_type {kind!r}, which transformers does not know{ours}")
     if found.pop("transformers_weights", None):
         raise InputError(f"{path} names its weights by transformers_weights; only {WEIGHTS} is read")
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a field of any kind can be wrong, and each architecture says so differently
-        raise InputError(f"{path} does not describe a model: {_reason(error)}") from error
+    with explained(f"{path} does not describe a model"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        names = config.architectures or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("architectures are no list of names")
+    return config
 
 
 def kind_of(folder: Path, config: Any) -> tuple[Any, bool]:
@@ -167,7 +183,7 @@ def kind_of(folder: Path, config: Any) -> tuple[Any, bool]:
     openers = ((AutoModelForCausalLM, True), (AutoModelForMaskedLM, False))
     if not getattr(config, "is_encoder_decoder", False):
         names = [_class_names(opener._model_mapping.get(type(config), None)) for opener, _ in openers]
-        saved = (config.architectures or [""])[0]
+        saved = config.architectures[0] if config.architectures else ""
         for opener, of in zip(openers, names, strict=True):
             if saved in of:
                 return opener
@@ -184,9 +200,28 @@ def kind_of(folder: Path, config: Any) -> tuple[Any, bool]:
     )
 
 
+def _check_size(folder: Path, config: Any, kind: Any) -> None:
+    """Refuse a configuration of far more parts or numbers than the weights have, before they are made."""
+    files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else list(folder.glob("model*.safetensors"))
+    names, held = sum(len(_tensors(file)) for file in files), sum(file.stat().st_size for file in files)
+    for name, number in config.to_dict().items():
+        if COUNTED.search(name) and isinstance(number, int) and number > max(PARTS, names):
+            raise InputError(
+                f"{folder / CONFIG} asks for {name} = {number:,}, and the weights are {names:,} tensors"
+            )
+    with torch.device("meta"):
+        model = kind.from_config(config, trust_remote_code=False)
+    numbers = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
+    if numbers > max(FREE, PACKED * held):
+        raise InputError(
+            f"{folder / CONFIG} describes a model of {numbers:,} numbers, and the weights have {held:,} bytes"
+        )
+
+
 def loaded(folder: Path, config: Any, kind: Any, dtype: torch.dtype) -> Any:
     """Return the model with every weight from the folder and none left out."""
-    try:
+    with explained(f"the model in {folder} cannot be built"):
+        _check_size(folder, config, kind)
         model, info = kind.from_pretrained(
             folder,
             config=config,
@@ -197,10 +232,6 @@ def loaded(folder: Path, config: Any, kind: Any, dtype: torch.dtype) -> Any:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except InputError:
-        raise
-    except Exception as error:  # every architecture and quantisation has failures of its own
-        raise InputError(f"the model in {folder} cannot be built: {_reason(error)}") from error
     own = dict(model.named_modules())
     wrong = [
         *(f"has {name} in another shape" for name, *_ in info["mismatched_keys"]),
@@ -227,10 +258,13 @@ def tokenizer_of(folder: Path) -> Any:
     """Return the tokenizer of a folder that has one."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers package raises plain Exception
-        raise InputError(f"the tokenizer in {folder} cannot be read: {_reason(error)}") from error
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            check_regular(folder / name)
+    with explained(f"the tokenizer in {folder} cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer("a b")
+    return tokenizer
 
 
 def check_finite(folder: Path, model: nn.Module, dtype: str) -> None:

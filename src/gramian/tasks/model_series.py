@@ -1,6 +1,5 @@
 """Series of checkpoints of several models, read from their folders, compared at the steps that all have."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -14,7 +13,7 @@ from rich.progress import Progress
 from gramian.core.gram import Gram
 from gramian.core.trajectory import subpath, sum_of
 from gramian.errors import InputError
-from gramian.files import write_json
+from gramian.files import remove, write_json
 from gramian.observe.alignment import Checks, align
 from gramian.observe.checkpoints import stream
 from gramian.observe.hallmarks import hallmarks, time_weighted
@@ -66,8 +65,8 @@ def run_series(study: SeriesStudy, folder: Path, console: Console) -> list[Model
         in common.
     """
     study.check()
-    open_run(folder, study, resume=True)
-    read = {place.name: series_readings(place, study.checks, folder, console) for place in study.folders}
+    run = open_run(folder, study, resume=True)
+    read = {place.name: series_readings(place, study.checks, run.folder, console) for place in study.folders}
     steps = sorted(reduce(set[int].intersection, (set(each["steps"]) for each in read.values())))
     if len(steps) < LEAST:
         raise InputError(
@@ -113,5 +112,5 @@ def series_readings(place: Path, checks: Checks, folder: Path, console: Console)
         "gram": sum_of([part.steps for part in read.parts]).cross.tolist(),
     }
     write_json(saved, result)
-    shutil.rmtree(work)
+    remove(work)
     return result

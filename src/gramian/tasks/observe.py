@@ -9,6 +9,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import track
+from rich.text import Text
 from torch import Tensor
 
 from gramian.data.text import standard_library_name
@@ -110,7 +111,7 @@ def observe(config: ObserveConfig, *, overwrite: bool = False, console: Console 
 def _observed(config: ObserveConfig, console: Console) -> Observation:
     if config.top < 1 or config.attention_sequences < 1:
         raise InputError("top and attention_sequences must be at least 1")
-    with console.status(f"opening {config.model}"):
+    with console.status(Text(f"opening {config.model}")):
         opened = open_model(config.model, dtype=config.dtype, device=config.device, offline=config.offline)
     with console.status("reading and tokenising the text"):
         taken = config.data.sample()

@@ -1,7 +1,6 @@
 """What an observation tells its reader: a table and plain sentences, a report page, figures, numbers."""
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as TerminalTable
+from rich.text import Text
 
 from gramian.files import atomic_folder, write_json
 from gramian.report import Column, Page, Plot, Section, Table, final_profile, number, palette, save, write
@@ -80,9 +80,9 @@ def terminal_table(observation: Observation) -> TerminalTable:
     for layer in observation.layers:
         cells = []
         for name in HEADINGS:
-            cell = _cell(layer.readings.get(name))
+            cell = Text(_cell(layer.readings.get(name)))
             if name in KURTOSES:
-                cell += f"\n[dim]{_cell(layer.without_first.get(name))}[/dim]"
+                cell.append(f"\n{_cell(layer.without_first.get(name))}", "dim")
             cells.append(cell)
         table.add_row(layer.label, *cells)
     return table
@@ -219,15 +219,13 @@ def write_report(observation: Observation, *, overwrite: bool = False) -> Path:
     folder = observation.folder
     check_free(folder, overwrite)
     page = report_page(observation)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, replace=True) as temporary:
         write_json(temporary / READINGS, readings(observation))
         for section in page.sections:
             for block in section.blocks:
                 if isinstance(block, Plot):
                     save(block.figure, temporary / "figures" / f"{block.title.lower().replace(' ', '_')}.svg")
         write(page, temporary / "report.html")
-        if folder.exists():
-            shutil.rmtree(folder)
     return folder / "report.html"
 
 

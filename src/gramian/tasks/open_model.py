@@ -11,6 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from gramian.data.text import Document, Sample, read, sample, standard_library
 from gramian.errors import InputError
+from gramian.memory import check_memory
+from gramian.offline import offline as told_offline
+from gramian.reading import check_inside
 from gramian.tasks.model_folder import (
     check_files,
     check_finite,
@@ -102,7 +105,8 @@ def open_model(
 
     Weights are read from safetensors alone, no code of the folder is run, and nothing is left at random: a
     checkpoint that lacks a weight, or has one that the model does not know, is refused. A hub id is asked for
-    only where no such path exists; `offline`, or HF_HUB_OFFLINE=1, takes what was fetched earlier.
+    only where no such path exists; `offline`, or GRAMIAN_OFFLINE=1 or HF_HUB_OFFLINE=1 in the environment,
+    takes what was fetched earlier.
 
     Raises: InputError, in one sentence, for a folder that is missing or holds no language model, no
         tokenizer or only weights in a format that can run code, for weights that are missing, damaged or
@@ -111,7 +115,9 @@ def open_model(
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     place = device_of(device)
-    folder = located(where, offline)
+    folder = located(where, offline or told_offline())
+    for path in folder.iterdir():
+        check_inside(path, folder)
     with quiet():
         config = configuration(folder)
         kind, causal = kind_of(folder, config)
@@ -231,6 +237,11 @@ def _frame(opened: LanguageModel) -> tuple[list[int], list[int]]:
 
 def _padded(opened: LanguageModel, rows: list[list[int]]) -> dict[str, Tensor]:
     tokenizer, longest = opened.tokenizer, max(map(len, rows))
+    vocabulary = len(tokenizer)
+    check_memory(
+        4.0 * len(rows) * longest * vocabulary,
+        f"the logits of {len(rows):,} sequences of {longest:,} tokens at once, for {vocabulary:,} tokens,",
+    )
     padding = next((one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None), 0)
     ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
     real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])

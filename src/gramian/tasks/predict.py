@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gramian.core.gaussian import check_gram
 from gramian.core.gram import Gram, gram
 from gramian.errors import InputError
+from gramian.memory import check_memory
 from gramian.nn.attention import Attention
 from gramian.nn.resnet import HE_STD
 from gramian.tasks.architectures import Architecture, Network, network
@@ -79,6 +80,13 @@ class PredictConfig(Architecture):
             raise InputError("inputs or a gram, one of them only, are for dense and residual networks")
         if not given and not self.transformer and not self.correlations:
             raise InputError("give at least one correlation to start with")
+        if self.networks or self.transformer:
+            what = f"finite networks of {self.depth:,} layers of width {self.width:,}"
+            where = f" on {self.tokens:,} tokens" if self.transformer else " (0 networks is theory alone)"
+            check_memory(self.architecture.least_bytes(), what + where)
+            curves = 2 + (1 if self.transformer else len(self.correlations))
+            kept = 24.0 * curves * (self.depth + 1) * self.networks  # of Python's numbers
+            check_memory(kept, f"readings of {self.networks:,} networks of {self.depth:,} layers")
 
 
 @dataclass(frozen=True, eq=False)

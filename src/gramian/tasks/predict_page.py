@@ -1,7 +1,6 @@
 """What a prediction tells its reader: a table and a sentence, a report page, figures, numbers."""
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,8 +27,15 @@ GRADIENT = "Squared norm of the gradient at each layer over that at the last one
 CORRELATION = "Cosines of pairs of inputs, or of tokens. 1: the network cannot tell them apart any more."
 
 
-def check_free(folder: Path, overwrite: bool, marker: str = PREDICTION) -> None:
-    """Raise InputError unless results may go into a folder: a new or empty one, or one with the marker."""
+UNFINISHED = "unfinished"
+"""The folder, in that of the results, of what a command that can go on after a stop has found so far."""
+
+
+def check_free(folder: Path, overwrite: bool, marker: str = PREDICTION, *, begun: bool = False) -> None:
+    """Raise InputError unless results may go into a folder: a new or empty one, or one with the marker.
+
+    With `begun` it may also hold the beginning of a result.
+    """
     kind = Path(marker).stem
     if folder.is_dir() and (folder / marker).exists():
         if not overwrite:
@@ -37,8 +43,12 @@ def check_free(folder: Path, overwrite: bool, marker: str = PREDICTION) -> None:
                 f"the folder {folder} already holds a {kind}; pass --overwrite to replace it, or another "
                 "--output"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and not (folder.is_dir() and _names(folder) <= ({UNFINISHED} if begun else set())):
         raise InputError(f"{folder} holds something that is no {kind}; choose another --output")
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def shown_layers(depth: int) -> list[int]:
@@ -175,7 +185,7 @@ def write_folder(
     binaries: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Replace a folder by one with numbers as JSON, other files, report.html and the figures as .svg."""
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, replace=True) as temporary:
         write_json(temporary / marker, numbers)
         for name, text in texts.items():
             write_text(temporary / name, text)
@@ -186,8 +196,6 @@ def write_folder(
                 if isinstance(block, Plot):
                     save(block.figure, temporary / "figures" / f"{block.title.lower().replace(' ', '_')}.svg")
         write(page, temporary / "report.html")
-        if folder.exists():
-            shutil.rmtree(folder)
 
 
 def _described(config: PredictConfig) -> str:

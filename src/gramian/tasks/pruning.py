@@ -19,6 +19,7 @@ from gramian.compress.scores import grasp, iterative_magnitude, magnitude, rando
 from gramian.compress.structures import Patterns, Rows, Weights
 from gramian.compress.thresholds import most_probable
 from gramian.errors import InputError
+from gramian.ranks import anywhere
 from gramian.tasks.evidence import Evidence
 from gramian.tasks.pruning_result import Guarantee, Layer, Pruned
 from gramian.tasks.self_bounded import Bounding, drawn_errors, guarantee, learn_posterior
@@ -117,7 +118,8 @@ def prune(
     with `plan.bounding` the law at this point is the prior of a certificate, and the posterior is learnt from
     it on the bound, over prior and bound set, with weights fixed (or Gaussian); the most probable units are
     kept. The model ends with masks in the mode "kept": `compress.masks.export_state` and `remove_masks` make
-    a plain network of it. What is certified is the random predictor, not this fixed network.
+    a plain network of it. What is certified is the random predictor, not this fixed network. All processes of
+    `gramian.ranks` learn the same and share the draws.
 
     Args:
         model: inputs to scores of classes; in evaluation throughout, so statistics of norms stay.
@@ -136,7 +138,7 @@ def prune(
     generator = torch.Generator(evidence.x.device).manual_seed(plan.seed)
     sample = batches(evidence.x, evidence.y, evidence.prior, plan.batch, plan.seed)
     score = scores(model, evidence, plan, generator, watch, stopped)
-    if stopped():
+    if anywhere(stopped()):
         return None
     units = keep_highest(model, score, plan.density)
     keep(model, units)
@@ -156,14 +158,14 @@ def prune(
             advanced=lambda step: watch("learning the masks", step, plan.learning.steps),
             stopped=stopped,
         )
-    if stopped():
+    if anywhere(stopped()):
         return None
     certified = None
     if plan.bounding is not None and evidence.split is not None:
         certified = _certified(
             model, evidence, evidence.split, plan, plan.bounding, generator, watch, stopped
         )
-        if stopped():
+        if anywhere(stopped()):
             return None
     random = drawn_errors(model, *evidence.judged, DRAWS, generator).mean
     keep(model, most_probable(model, plan.density))
@@ -210,7 +212,7 @@ def _certified(
         lambda step: watch("learning on the bound", step, settings.learning.steps),
         stopped,
     )
-    if stopped():
+    if anywhere(stopped()):
         return None
     return guarantee(
         model,

@@ -17,12 +17,17 @@ from gramian.compress.masks import add_masks, draw, export_state, masks_of, set_
 from gramian.compress.structures import Columns, Weights
 from gramian.files import atomic_file
 from gramian.nn.transformer import Transformer, TransformerConfig
+from gramian.ranks import spread
 from gramian.tasks.pruning import structure_of
 from gramian.tasks.pruning_files import Exported
 from gramian.tasks.pruning_result import Layer
 from gramian.tasks.pruning_windows import Planes, divided
 from gramian.tasks.saved_model import WEIGHTS, describe, tokenizer_of
+from gramian.tasks.self_bounded import agree_
 from gramian.train.run import Run
+
+TOGETHER = 50
+"""Windows that one process reads after another."""
 
 NO_SMALLER = (
     "attention and MLPs keep their sizes; zeros save storage once the file is compressed, but no time"
@@ -77,20 +82,31 @@ def drawn_losses(
     generator: torch.Generator,
     advanced: Callable[[int], None] = lambda draws: None,
 ) -> Losses:
-    """Return what each window costs under a mask drawn for it alone.
+    """Return what each window costs under a mask drawn for it alone; processes share the windows.
 
     A mask takes about as long to draw as a window to read, so sharing masks between windows would save half
     of the time at most, and windows under one mask are not independent draws.
 
     Raises: InputError when the model has no masks.
     """
+    agree_(model, generator)
     set_mode(model, "sample")
+    parts = planes.split(TOGETHER)
 
-    def before(done: int) -> None:
-        draw(model, generator)
-        advanced(done)
+    def read(number: int) -> dict[str, Tensor]:
+        def before(done: int) -> None:
+            draw(model, generator)
+            advanced(number * TOGETHER + done)
 
-    return _losses(model, planes, p_min, 1, before)
+        losses = _losses(model, parts[number], p_min, 1, before)
+        return {"nats": losses.nats, "clipped": losses.clipped}
+
+    def passing(number: int) -> None:
+        for _ in parts[number]:
+            draw(model, generator)
+
+    found = spread(read, range(len(parts)), passing)
+    return Losses(*(torch.cat([each[name] for each in found]) for name in ("nats", "clipped")))
 
 
 @torch.no_grad()

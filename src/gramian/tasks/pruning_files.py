@@ -20,6 +20,7 @@ from gramian.compress.shrink import shrink
 from gramian.data.tables import Standardiser
 from gramian.errors import InputError
 from gramian.files import atomic_file, write_json
+from gramian.reading import check_regular
 from gramian.tasks.pruning_networks import Network, skeleton
 from gramian.train.run import read_json
 
@@ -157,6 +158,7 @@ def load_pruned(folder: Path, small: bool = False) -> nn.Sequential:
         network = Network(**about[part])
     except (TypeError, InputError) as error:
         raise InputError(f"{Path(folder) / ABOUT} does not describe a network: {error}") from error
+    check_regular(path)
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -243,7 +245,7 @@ def _filled(network: Network, state: Mapping[str, Tensor], where: str) -> nn.Seq
     try:
         model = skeleton(network)
         model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # a size may be beyond 64 bits
         what = f"{network.name} {'-'.join(map(str, network.widths))}"
         raise InputError(f"{where} is not the network described, {what}: {_first_line(error)}") from error
     for name, value in state.items():

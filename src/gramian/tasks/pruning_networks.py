@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gramian.errors import DivergedError, InputError
+from gramian.memory import check_memory
 from gramian.train.batches import batch_of
 from gramian.train.schedule import multiplier
 
@@ -99,9 +100,11 @@ def build(network: Network, seed: int) -> nn.Sequential:
 
         W_ij ~ N(0, 2/fan_in),   b = 0
 
+    Raises: InputError for one that no memory here holds.
     Holds: exactly; the global generator is not used.
     Source: He, Zhang, Ren, Sun 2015, arXiv 1502.01852, equation 10.
     """
+    _check_memory(network)
     generator = torch.Generator().manual_seed(seed)
     model = skeleton(network).to_empty(device="cpu")
     for value in model.parameters():
@@ -110,6 +113,14 @@ def build(network: Network, seed: int) -> nn.Sequential:
         else:
             nn.init.kaiming_normal_(value, nonlinearity="relu", generator=generator)
     return model
+
+
+def _check_memory(network: Network) -> None:
+    """Refuse a network that no memory here holds, with at least a gradient and a λ beside every weight."""
+    first, taps = (network.size[0], 9) if network.name == "cnn" else (math.prod(network.size), 1)
+    weights = taps * sum(inputs * outputs for inputs, outputs in pairwise((first, *network.widths)))
+    widths = " ".join(f"{width:,}" for width in network.widths)
+    check_memory(12.0 * (weights + network.widths[-1] * network.classes), f"layers of widths {widths}")
 
 
 def train_dense(

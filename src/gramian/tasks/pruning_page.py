@@ -1,7 +1,6 @@
 """The report page of a pruning: what it costs by density, what is certified, where weights are kept."""
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -89,10 +88,9 @@ def write_report(pruning: Pruning, folder: Path) -> Path:
     """
     page = report_page(pruning)
     plots = [block for section in page.sections for block in section.blocks if isinstance(block, Plot)]
-    with atomic_folder(folder / FIGURES) as temporary:
+    with atomic_folder(folder / FIGURES, replace=True) as temporary:
         for plot in plots:
             save(plot.figure, temporary / f"{plot.title.lower().replace(' ', '_')}.svg")
-        shutil.rmtree(folder / FIGURES, ignore_errors=True)
     write_json(folder / NUMBERS, numbers(pruning))
     write(page, folder / REPORT)
     return folder / REPORT

@@ -7,6 +7,9 @@ from typing import Any
 from gramian.bayes.certificate import Certificate
 from gramian.compress.learning import Moment
 
+OUTCOME = "outcome.json"
+"""The file of what became of a density."""
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from torch import Tensor, nn
 from gramian.bayes.bounds import finite_union
 from gramian.errors import InputError, StoppedError
 from gramian.files import atomic_file, write_json
+from gramian.ranks import anywhere, is_main, on_main
 from gramian.tasks.evidence import Evidence, split_evidence
 from gramian.tasks.language import run_folder
 from gramian.tasks.pruning import Plan, check, held_out_error, prune
 from gramian.tasks.pruning_data import Data, Examples, standardised, standardiser
 from gramian.tasks.pruning_files import write_pruned
 from gramian.tasks.pruning_networks import Network, build, train_dense
-from gramian.tasks.pruning_result import Pruned, Pruning, pruned_of
+from gramian.tasks.pruning_result import OUTCOME, Pruned, Pruning, pruned_of
 from gramian.tasks.self_bounded import Bounding
-from gramian.train.run import open_run, read_json
+from gramian.train.processes import open_run_once
+from gramian.train.run import read_json
 from gramian.train.signals import stop_requests
 
 DENSE = "dense.safetensors"
@@ -109,7 +112,7 @@ def prune_classifier(
     """Train a classifier, prune it to every density, and certify the random predictors if wished.
 
     A run that was stopped goes on where it was with `resume`: the trained network and every density that was
-    finished are kept.
+    finished are kept. Of several processes the main one has all outcomes, and writes.
 
     Raises: InputError for settings, data or a folder that cannot be used; StoppedError after a signal.
     """
@@ -120,7 +123,7 @@ def prune_classifier(
     model = build(network, config.plan.seed)
     for density in config.densities:
         check(model, evidence, config.plan_for(density))
-    run = open_run(config.folder, config, resume=resume, overwrite=overwrite)
+    run = open_run_once(config.folder, config, resume=resume, overwrite=overwrite)
     outcomes: list[Pruned] = []
     with stop_requests() as requested, Progress(console=console, transient=True) as progress:
         bar = progress.add_task("training", total=None)
@@ -130,22 +133,26 @@ def prune_classifier(
 
         def stop() -> StoppedError:
             return StoppedError(
-                f"stopped by {requested()}; {len(outcomes)} of {len(config.densities)} densities are saved "
-                f"in {run.folder}, pass --resume to go on"
+                f"stopped by {requested() or 'a signal'}; {len(outcomes)} of {len(config.densities)} "
+                f"densities are saved in {run.folder}, pass --resume to go on"
             )
 
         def stopped() -> bool:
             return requested() is not None
 
-        if not dense_of(config, model, evidence, run.folder / DENSE, watch, stopped):
-            raise stop()
+        def trained() -> dict[str, Tensor]:
+            if not dense_of(config, model, evidence, run.folder / DENSE, watch, stopped):
+                raise stop()
+            return model.state_dict()
+
+        model.load_state_dict(on_main(trained))
         dense = held_out_error(model, evidence)
         for density in config.densities:
             place = run.folder / f"density-{density:g}"
-            if (place / "outcome.json").exists():
-                outcomes.append(pruned_of(read_json(place / "outcome.json")))
+            if anywhere(is_main() and (place / OUTCOME).exists()):
+                outcomes += [pruned_of(read_json(place / OUTCOME))] if is_main() else []
                 continue
-            if stopped():
+            if anywhere(stopped()):
                 raise stop()
             current = deepcopy(model)
             found = prune(
@@ -157,18 +164,7 @@ def prune_classifier(
             )
             if found is None:
                 raise stop()
-            exported = write_pruned(
-                place,
-                current,
-                network,
-                model,
-                evidence.x[evidence.held_out],
-                scaling=standardiser(examples, evidence.prior),
-                names=examples.names,
-            )
-            found = replace(found, export=asdict(exported))
-            write_json(place / "outcome.json", asdict(found))
-            outcomes.append(found)
+            on_main(partial(_write, outcomes, place, current, network, model, examples, evidence, found))
     return Pruning(
         title=f"{config.model} {'-'.join(map(str, network.widths))} on {examples.name}",
         examples={
@@ -179,6 +175,30 @@ def prune_classifier(
         dense=dense,
         outcomes=tuple(outcomes),
     )
+
+
+def _write(
+    outcomes: list[Pruned],
+    place: Path,
+    pruned: nn.Sequential,
+    network: Network,
+    dense: nn.Sequential,
+    examples: Examples,
+    evidence: Evidence,
+    found: Pruned,
+) -> None:
+    """Write what became of a density, and add it to the outcomes."""
+    exported = write_pruned(
+        place,
+        pruned,
+        network,
+        dense,
+        evidence.x[evidence.held_out],
+        scaling=standardiser(examples, evidence.prior),
+        names=examples.names,
+    )
+    outcomes.append(replace(found, export=asdict(exported)))
+    write_json(place / OUTCOME, asdict(outcomes[-1]))
 
 
 def evidence_of(config: PruneConfig, examples: Examples) -> Evidence:

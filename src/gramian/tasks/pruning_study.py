@@ -87,7 +87,7 @@ def run_study(study: PruningStudy, seeds: Sequence[int], folder: Path, console: 
     Raises: InputError for settings or data that cannot be used; DivergedError when a loss is not finite.
     """
     study.check()
-    open_run(folder, study, resume=True)
+    run = open_run(folder, study, resume=True)
     found: list[Tuned] = []
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("pruning", total=len(seeds) * len(study.starts) * len(study.densities))
@@ -95,7 +95,7 @@ def run_study(study: PruningStudy, seeds: Sequence[int], folder: Path, console: 
             work: Bench | None = None
             for start in study.starts:
                 for density in study.densities:
-                    place = folder / f"seed-{seed}" / f"{start}-{density:g}.json"
+                    place = run.folder / f"seed-{seed}" / f"{start}-{density:g}.json"
                     progress.update(bar, description=f"{start} at {density:g}, seed {seed}")
                     if not place.exists():
                         work = work or Bench(study, seed)

@@ -32,6 +32,7 @@ from gramian.compress.thresholds import most_probable
 from gramian.data.tokens import bits_per_byte, unigram_entropy
 from gramian.errors import InputError, StoppedError
 from gramian.files import write_json
+from gramian.ranks import anywhere, is_main, on_main
 from gramian.tasks.language import print_facts, run_folder
 from gramian.tasks.pruning import Watch, structure_of
 from gramian.tasks.pruning_decoder import (
@@ -46,11 +47,12 @@ from gramian.tasks.pruning_decoder import (
     write_decoder,
 )
 from gramian.tasks.pruning_files import Exported
-from gramian.tasks.pruning_result import Guarantee, Pruned, Pruning, pruned_of
+from gramian.tasks.pruning_result import OUTCOME, Guarantee, Pruned, Pruning, pruned_of
 from gramian.tasks.pruning_windows import Amount, Planes, WindowSets, window_sets
 from gramian.tasks.saved_model import open_saved, shape_of, trained_model
 from gramian.tasks.self_bounded import Bounding, learn_posterior
-from gramian.train.run import open_run, read_json
+from gramian.train.processes import open_run_once
+from gramian.train.run import read_json
 from gramian.train.signals import stop_requests
 
 LOSS = "clipped next-token loss"
@@ -169,7 +171,7 @@ class Job:
     def prune(self, density: float, write: Callable[[Decoder], Exported]) -> Pruned | None:
         """Prune a copy to one density; None when it was stopped.
 
-        `write` is given the copy with its fixed mask.
+        `write` is given the copy with its fixed mask, by the main process alone.
         """
         config, model = self.config, deepcopy(self.dense)
         generator = torch.Generator(device_of(model)).manual_seed(config.seed)
@@ -180,7 +182,7 @@ class Job:
         start_from(model, start, config.high, config.low)
         history = self._learn(model, density, generator)
         certified = self._certified(model, density, generator)
-        if self.stopped():
+        if anywhere(self.stopped()):
             return None
         found["random"] = self._drawn(
             model, self.sets.held_out.repeat(HELD_OUT_DRAWS, 1, 1), generator, "judging random masks"
@@ -200,7 +202,7 @@ class Job:
             layers=tuple(layers),
             history=tuple(history),
             guarantee=certified and replace(certified, held_out=found["random"].mean),
-            export=self._export(write(model), found, certified),
+            export=self._export(write(model), found, certified) if is_main() else {},
         )
 
     def _losses(self, model: nn.Module, planes: Planes) -> Losses:
@@ -249,7 +251,7 @@ class Job:
     def _certified(self, model: Decoder, density: float, generator: torch.Generator) -> Guarantee | None:
         """Learn the posterior from the law that a model has now, and certify both."""
         settings = self.config.bounding
-        if settings is None or self.stopped():
+        if settings is None or anywhere(self.stopped()):
             return None
         learning = self._possible(settings.learning)
         settings = replace(settings, learning=learning, union=self.config.union)
@@ -264,7 +266,7 @@ class Job:
             lambda step: self.watch(f"density {density:g}: learning on the bound", step, learning.steps),
             self.stopped,
         )
-        return None if self.stopped() else self.guarantee(model, prior, fixed, settings, generator)
+        return None if anywhere(self.stopped()) else self.guarantee(model, prior, fixed, settings, generator)
 
     def guarantee(
         self, model: Decoder, prior: Prior, fixed: Units, settings: Bounding, generator: torch.Generator
@@ -360,7 +362,7 @@ def prune_text(
         context = dense.transformer.config.context
         sets = window_sets(source, config.amount, context=context, batch=config.batch, seed=config.seed)
     print_facts(console, sets.facts)
-    run = open_run(config.folder, config, resume=resume, overwrite=overwrite)
+    run = open_run_once(config.folder, config, resume=resume, overwrite=overwrite)
     outcomes: list[Pruned] = []
     with stop_requests() as requested, Progress(console=console, transient=True) as progress:
         bar = progress.add_task("reading", total=None)
@@ -371,15 +373,15 @@ def prune_text(
         job = Job(config, sets, dense, watch, lambda: requested() is not None)
         for density in config.densities:
             place = run.folder / f"density-{density:g}"
-            if not (place / "outcome.json").exists():
+            if not anywhere(is_main() and (place / OUTCOME).exists()):
                 found = job.prune(density, lambda model, at=place: write_decoder(at, model, dense, source))
                 if found is None:
                     raise StoppedError(
-                        f"stopped by {requested()}; {len(outcomes)} of {len(config.densities)} densities are "
-                        f"saved in {run.folder}, pass --resume to go on"
+                        f"stopped by {requested() or 'a signal'}; {len(outcomes)} of {len(config.densities)} "
+                        f"densities are saved in {run.folder}, pass --resume to go on"
                     )
-                write_json(place / "outcome.json", asdict(found))
-            outcomes.append(pruned_of(read_json(place / "outcome.json")))
+                on_main(lambda at=place, found=found: write_json(at / OUTCOME, asdict(found)))
+            outcomes += [pruned_of(read_json(place / OUTCOME))] if is_main() else []
     shape = dense.transformer.config
     return Pruning(
         title=f"decoder of {shape.depth} {shape.block} blocks, width {shape.width}, on {sets.name}",

@@ -13,6 +13,7 @@ from torch import nn
 from gramian.compress import torch_ao
 from gramian.errors import InputError
 from gramian.files import atomic_folder, write_json
+from gramian.reading import check_regular
 from gramian.tasks.model_folder import QUANTISED
 from gramian.tasks.open_model import LanguageModel, device_of
 from gramian.train.run import read_json, versions
@@ -111,7 +112,10 @@ def load_quantised(folder: Path, *, device: str = "auto") -> LanguageModel:
         opener = AutoModelForCausalLM if about.causal else AutoModelForMaskedLM
         with torch.random.fork_rng(devices=[]):
             exact = opener.from_config(config, dtype=getattr(torch, about.dtype), trust_remote_code=False)
+        check_regular(folder / about.weights)
         tensors = load_file(folder / about.weights, device=str(place))
+    except InputError:
+        raise
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder} is damaged or cut short: {_reason(error)}") from error
     except Exception as error:  # the packages raise what they like on a damaged file, plain Exception too

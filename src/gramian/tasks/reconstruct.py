@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
@@ -14,9 +13,10 @@ from gramian.core.predictive import Predictive
 from gramian.errors import InputError, StoppedError
 from gramian.imaging.unseen_views import SpreadFactor, ViewCheck, check_views, rescaled, spread_factor
 from gramian.imaging.variation import UNIT
+from gramian.memory import check_memory
 from gramian.tasks.classical_choice import Classical, check_classical, chosen_variation, reconstruct
 from gramian.tasks.field_fits import BEST, Fit, Fitted, Job, Network, best_members, finish, fit
-from gramian.tasks.image_doubt import Doubt, Drawn, draw
+from gramian.tasks.image_doubt import POINTS, Doubt, Drawn, draw
 from gramian.tasks.language import run_folder
 from gramian.tasks.observed_views import Observed, observe
 from gramian.tasks.reconstruction_files import IMAGE, write_image
@@ -160,13 +160,31 @@ def reconstruct_scan(
         scan = config.source.load()
     for warning in scan.warnings:
         console.print(f"note: {warning}", highlight=False, markup=False, soft_wrap=True)
-    device = Accelerator(cpu=config.fit.device == "cpu").device
     with console.status("building the projector"):
         observed = observe(
-            scan, held_out=config.held_out, outline=config.outline, seed=config.fit.seed, device=device
+            scan,
+            held_out=config.held_out,
+            outline=config.outline,
+            seed=config.fit.seed,
+            device=config.fit.place,
         )
-    open_run(folder, settings, resume=resume, overwrite=overwrite)
-    return reconstructed(config, observed, folder, console)
+    _check_memory(config, observed)
+    run = open_run(folder, settings, resume=resume, overwrite=overwrite)
+    return reconstructed(config, observed, run.folder, console)
+
+
+def _check_memory(config: ReconstructConfig, observed: Observed) -> None:
+    """Refuse samples and members that no memory here holds."""
+    if config.method not in FITTED:
+        return
+    size, doubt = observed.size, config.doubt
+    images = f"images of {size} × {size} pixels"
+    if doubt.uncertainty not in POINTS:
+        drawn = max(doubt.samples, doubt.chains if doubt.uncertainty == "hmc" else 0)
+        check_memory(8.0 * drawn * size**2, f"{drawn:,} samples, {images},")
+    pixels = size**2 if observed.inside is None else int(observed.inside.sum())
+    numbers = config.job.least_numbers(size, pixels)
+    check_memory(4.0 * doubt.fields * numbers, f"fitting {doubt.fields:,} {images}")
 
 
 def reconstructed(

@@ -1,7 +1,6 @@
 """What a reconstruction leaves behind: images, a report page, figures and numbers."""
 
 import math
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -281,12 +280,11 @@ def write_report(found: Reconstruction, config: ReconstructConfig) -> Path:
     if found.prediction is not None:
         write_doubt(folder, found.scan, found.prediction, how)
     page = report_page(found, config)
-    with atomic_folder(folder / FIGURES) as temporary:
+    with atomic_folder(folder / FIGURES, replace=True) as temporary:
         for section in page.sections:
             for block in section.blocks:
                 if isinstance(block, Plot):
                     save(block.figure, temporary / f"{block.title.lower().replace(' ', '_')}.svg")
-        shutil.rmtree(folder / FIGURES, ignore_errors=True)
     write(page, folder / REPORT)
     Run(folder).write_result(numbers(found, config))
     return folder

@@ -76,14 +76,15 @@ class Regression:
         return prediction.variance > self.threshold
 
 
-def regress(config: RegressConfig, console: Console | None = None) -> Regression:
+def regress(config: RegressConfig, console: Console | None = None, keep: Path | None = None) -> Regression:
     """Split a table, choose settings on its training and validation rows, train, calibrate and judge.
 
     Members learn from the training rows alone, before and after the choice. The settings on trial are the
     prior of largest evidence of the infinitely wide network and `config`'s, with each noise variance; of a
     deep ensemble numbers of steps. The validation rows choose among them, give the noise of the intervals (of
     greatest likelihood) and the epistemic variance beyond which a row is out of distribution. The test rows
-    are only reported on.
+    are only reported on. Ensembles are kept in the folder `keep`, if there is one, so that the same call goes
+    on from there after a stop.
 
     Raises: InputError for a setting, a table or a row that cannot be used; DivergedError when the training of
         every setting diverges.
@@ -95,7 +96,7 @@ def regress(config: RegressConfig, console: Console | None = None) -> Regression
     train, validation, test = split_rows(table, config)
     beside = [DEEP, *[PROCESS] * (len(train) <= DENSE)] if config.compare else []
     with Progress(console=console or Console(quiet=True), transient=True) as progress:
-        fitter = Fitter(config, table, train, validation, progress)
+        fitter = Fitter(config, table, train, validation, progress, keep)
         fitted, trials = fitter.best(config.method)
         rivals = [fitter.best(name)[0] for name in beside if name != config.method]
     predictions = {each.name: each.predict(table.x[test]) for each in (fitted, *rivals)}

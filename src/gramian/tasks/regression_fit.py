@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +18,11 @@ from gramian.bayes.members import seeded
 from gramian.core.predictive import Predictive
 from gramian.data.tables import Standardiser, Table
 from gramian.errors import DivergedError, InputError
+from gramian.memory import check_memory
 from gramian.nn.activations import activation
 from gramian.nn.mlp import mlp, prior_variances
+from gramian.ranks import on_main, spread
+from gramian.tasks.kept_ensembles import kept_ensemble
 from gramian.tasks.regression_scores import likeliest_noise
 
 Latent = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -38,6 +42,9 @@ SHARED = 2000
 
 TRIED = 3
 """Most members of an ensemble on trial."""
+
+TOGETHER = 5
+"""Most members that are trained as one stack, whole on one of the processes."""
 
 SHARES = (0.15, 0.4, 1.0)
 """Shares of the steps among which those of a deep ensemble are chosen."""
@@ -123,6 +130,8 @@ class RegressConfig:
         for name, least in {"members": 2, "steps": 1, "batch": 1, "seed": 0, "bias_std": 0}.items():
             if not least <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise InputError(f"seed must be below 2^32, got {self.seed}")
         for name in ("learning_rate", "weight_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be positive, got {getattr(self, name):g}")
@@ -131,6 +140,10 @@ class RegressConfig:
         if min(self.widths, default=1) < 1:
             raise InputError(f"layers must be at least 1 wide, got widths {self.widths}")
         activation(self.activation)
+        if self.method != PROCESS:  # at least 16 bytes a weight: it, its gradient, and two moments or float64
+            weights = sum(inputs * outputs for inputs, outputs in pairwise((1, *self.widths, 1)))
+            widths = " ".join(f"{width:,}" for width in self.widths) or "no layers"
+            check_memory(16.0 * self.members * weights, f"{self.members:,} members of widths {widths}")
 
 
 @dataclass(frozen=True)
@@ -176,13 +189,21 @@ class Fitted:
 class Fitter:
     """The standardised rows of a table, and how methods are fitted to them.
 
+    Ensembles that are fitted are kept in the folder `keep`, if there is one, and found there the next time.
+
     Raises: InputError when the target is the same in all training rows.
     """
 
     def __init__(
-        self, config: RegressConfig, table: Table, train: Tensor, validation: Tensor, progress: Progress
+        self,
+        config: RegressConfig,
+        table: Table,
+        train: Tensor,
+        validation: Tensor,
+        progress: Progress,
+        keep: Path | None = None,
     ) -> None:
-        self.config, self.progress = config, progress
+        self.config, self.progress, self.keep = config, progress, keep
         if table.y[train].amin() == table.y[train].amax():
             raise InputError(f"the target {table.target!r} is the same in all {len(train)} training rows")
         self.scales = Standardiser.of(table.x[train]), Standardiser.of(table.y[train])
@@ -199,13 +220,15 @@ class Fitter:
         if method == PROCESS:
             return self._finished(method, self._infinitely_wide(), self.likeliest, 0), []
         settings = self._settings(method)
-        trials = [
-            Trial(prior, steps, self._tried(method, prior, steps, f"{method}, {number} of {len(settings)}"))
-            for number, (prior, steps) in enumerate(settings, 1)
-            if len(settings) > 1
-        ]
+
+        def tried(number: int) -> dict[str, Tensor]:
+            label = f"{method}, {number + 1} of {len(settings)}"
+            return {"nll": torch.tensor(self._tried(method, *settings[number], label), dtype=torch.float64)}
+
+        reached = spread(tried, range(len(settings)) if len(settings) > 1 else [])
+        trials = [Trial(*each, found["nll"].item()) for each, found in zip(settings, reached, strict=False)]
         best = min(trials, key=lambda each: each.nll) if trials else Trial(*settings[0], math.nan)
-        latent = self._ensemble(method, best.prior, best.steps, self.config.members, method)
+        latent = self._ensemble(method, best.prior, best.steps, self.config.members, method, TOGETHER)
         return self._finished(method, latent, best.prior, best.steps), trials
 
     def _settings(self, method: str) -> list[tuple[Prior, int]]:
@@ -230,9 +253,15 @@ class Fitter:
         """The prior under which training targets are likeliest for the network of infinite width."""
         bar = self.progress.add_task("evidence of the Gaussian process", total=None)
         start = Prior(0.1, 1.0, 0.3 if self.config.bias_std else 0.0)
-        found = self._process(start, EVIDENCE, optimise=True)
+
+        def found() -> dict[str, Tensor]:
+            process = self._process(start, EVIDENCE, optimise=True)
+            known = (process.noise_variance_, process.weight_std_, process.bias_std_)
+            return {"prior": torch.tensor(known, dtype=torch.float64)}
+
+        prior = Prior(*on_main(found)["prior"].tolist())
         self.progress.remove_task(bar)
-        return Prior(found.noise_variance_, found.weight_std_, found.bias_std_)
+        return prior
 
     def _process(self, prior: Prior, rows: int, optimise: bool) -> Any:
         """Fit the Gaussian process to the first rows, which are in no order."""
@@ -259,7 +288,9 @@ class Fitter:
 
         return latent
 
-    def _ensemble(self, method: str, prior: Prior, steps: int, members: int, label: str) -> Latent:
+    def _ensemble(
+        self, method: str, prior: Prior, steps: int, members: int, label: str, together: int | None = None
+    ) -> Latent:
         config, (x, y) = self.config, self.train
         make = partial(
             mlp, x.shape[1], 1, widths=config.widths, activation=config.activation,
@@ -276,9 +307,12 @@ class Fitter:
         number = torch.float64 if method == LINEAR else torch.float32
         bar = self.progress.add_task(label, total=members if method == LINEAR else steps)
         advance = partial(self._advance, bar)
-        found = fit_ensemble(
-            make, x.to(number), y.to(number), settings, advance,
-            auxiliary=one.to(number) if method == LINEAR and len(x) > SHARED else None,
+        auxiliary = one.to(number) if method == LINEAR and len(x) > SHARED else None
+        rows = x.to(number), y.to(number)
+        together = together if auxiliary is None else None
+        found = kept_ensemble(
+            self.keep, [asdict(settings), make.args, make.keywords, together, auxiliary is None], rows, make,
+            lambda: fit_ensemble(make, *rows, settings, advance, together=together, auxiliary=auxiliary),
         )  # fmt: skip
         self.progress.remove_task(bar)
 

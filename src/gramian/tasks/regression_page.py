@@ -44,7 +44,7 @@ WRONG = (
 
 def check_place(config: RegressConfig, overwrite: bool) -> None:
     """Raise InputError unless the results may go where they are to go."""
-    check_free(config.folder, overwrite, NUMBERS)
+    check_free(config.folder, overwrite, NUMBERS, begun=True)
 
 
 def terminal_table(found: Regression, config: RegressConfig) -> TerminalTable:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -12,7 +12,8 @@ from gramian.data.tokens import END
 from gramian.errors import InputError
 from gramian.files import atomic_file, write_json, write_text
 from gramian.nn.transformer import Transformer, TransformerConfig
-from gramian.train.checkpoint import checkpoints, load_weights
+from gramian.reading import explained
+from gramian.train.checkpoint import checkpoints, load_weights, newest
 from gramian.train.run import Run, read_json
 
 MASK = "<|mask|>"
@@ -79,10 +80,20 @@ def shape_of(run: Run) -> TransformerConfig:
     try:
         if found.pop("model_type") != "gramian":
             raise KeyError("model_type gramian")
-        names = {field.name for field in fields(TransformerConfig)}
-        return TransformerConfig(**{name: value for name, value in found.items() if name in names})
+        kinds = get_type_hints(TransformerConfig)
+        known = {field.name: found[field.name] for field in fields(TransformerConfig) if field.name in found}
+        for name, value in known.items():
+            if not _is_of(value, kinds[name]):
+                raise TypeError(f"{name} is {str(value)[:40]!r}")
+        return TransformerConfig(**known)
     except (TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} does not describe a transformer of ours: {error}") from error
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of a field's type; a whole number is a number, but true is none."""
+    kinds = get_args(kind) or (kind,)
+    return type(value) in kinds or (float in kinds and type(value) is int and abs(value) < 2**53)
 
 
 def trained_model(run: Run) -> Transformer:
@@ -90,11 +101,18 @@ def trained_model(run: Run) -> Transformer:
 
     Raises: InputError when the run has no checkpoint or it cannot be read.
     """
-    saved = checkpoints(run.checkpoints)
-    if not saved:
+    saved = newest(run.checkpoints, set_aside=False)
+    if saved is None:
         raise InputError(f"the run {run.folder} has no checkpoint yet")
-    model = Transformer(shape_of(run))
-    load_weights(saved[-1].folder, model)
+    shape, held = shape_of(run), (saved.folder / WEIGHTS).stat().st_size
+    table = shape.context * shape.width if shape.positions == "learned" else 0
+    if max(shape.least_parameters + table, shape.depth) > held:
+        raise InputError(
+            f"{run.folder / CONFIG} describes {shape.least_parameters + table:,} parameters or more, and the "
+            f"weights in {saved.folder} have {held:,} bytes"
+        )
+    model = Transformer(shape)
+    load_weights(saved.folder, model)
     return model.eval()
 
 
@@ -104,9 +122,8 @@ def tokenizer_of(run: Run) -> Tokenizer:
     Raises: InputError when it cannot be read.
     """
     path = run.folder / TOKENIZER
-    try:
+    with explained(f"{path} is not a tokenizer"):
         tokenizer = Tokenizer.from_str(json.dumps(read_json(path)))
-    except Exception as error:  # the tokenizers package raises plain Exception
-        raise InputError(f"{path} is not a tokenizer: {error}") from error
-    tokenizer.encode_special_tokens = True  # in a text, special tokens are plain text
+        tokenizer.encode_special_tokens = True  # in a text, special tokens are plain text
+        tokenizer.encode("a b")
     return tokenizer

@@ -15,12 +15,17 @@ from gramian.bayes.bounds import BOUNDS
 from gramian.bayes.certificate import SAMPLING, Certificate, certify, certify_fixed
 from gramian.bayes.risk import SampledRisk, clipped_cross_entropy, sampled_errors
 from gramian.bayes.split import Seen, Split
-from gramian.compress.draws import draw_outputs, error_reader
+from gramian.compress.draws import draw_outputs, error_reader, skip_draws
 from gramian.compress.learning import Learning, Moment, Sample, learn
 from gramian.compress.masks import Units, keep, masks_of
 from gramian.compress.prior import Prior, divergence, law_of, prior_of, set_law
 from gramian.errors import InputError
+from gramian.memory import check_memory
+from gramian.ranks import on_main, ranks
 from gramian.tasks.pruning_result import Guarantee
+
+STREAM = "/stream"
+"""Name of a generator's state among a model's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,7 @@ class Bounding:
             raise InputError(f"there is no sampling {self.sampling!r}; take one of {', '.join(SAMPLING)}")
         if self.draws < 2:
             raise InputError(f"a certificate needs at least two draws, got {self.draws}")
+        check_memory(8 * self.draws, f"the risks of {self.draws:,} draws")
         if not 0 < self.p_min < 1:
             raise InputError(f"p_min has to be above 0 and below 1, not {self.p_min}")
         if not 0 < self.clamp < 0.5:
@@ -211,14 +217,27 @@ def drawn_errors(
     generator: torch.Generator,
     advanced: Callable[[int], None] = lambda draws: None,
 ) -> SampledRisk:
-    """Return the 0-1 errors of masks drawn afresh, each on all examples.
+    """Return the 0-1 errors of masks drawn afresh, each on all examples; processes share the draws.
 
     Raises: InputError as `draw_outputs`.
     """
+    agree_(model, generator)
     read = error_reader(y)
     return sampled_errors(
-        lambda count, stream: draw_outputs(model, x, count, stream, read=read), draws, generator, 64, advanced
+        lambda count, stream: draw_outputs(model, x, count, stream, read=read),
+        draws,
+        generator,
+        progress=advanced,
+        passing=lambda count, stream: skip_draws(model, x, count, stream),
     )
+
+
+def agree_(model: nn.Module, generator: torch.Generator) -> None:
+    """Give all processes the weights, masks and random stream of the main one, bit by bit."""
+    if ranks() > 1:
+        found = on_main(lambda: {**model.state_dict(), STREAM: generator.get_state()})
+        generator.set_state(found.pop(STREAM))
+        model.load_state_dict(found)
 
 
 def _check_movable(model: nn.Module, learning: Learning) -> None:

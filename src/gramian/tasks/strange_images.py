@@ -173,9 +173,9 @@ def study(config: StrangeConfig, console: Console | None = None) -> list[Outcome
         bar = progress.add_task("methods and seeds", total=len(config.seeds) * len(config.methods))
         for seed in config.seeds:
             split = load(config, seed)
-            open_run(config.folder, replace(config, methods=(), seeds=(), folder=Path()), resume=True)
+            run = open_run(config.folder, replace(config, methods=(), seeds=(), folder=Path()), resume=True)
             for method in config.methods:
-                path = config.folder / f"{method}-seed-{seed}.json"
+                path = run.folder / f"{method}-seed-{seed}.json"
                 if not path.exists():
                     write_json(path, asdict(_outcome(config, method, seed, split, progress)))
                 outcomes.append(Outcome(**read_json(path)))

@@ -124,7 +124,7 @@ def run_apart(
     """
     console = console or Console()
     study.check()
-    open_run(folder, study, resume=True)
+    run = open_run(folder, study, resume=True)
     found = [
         Told(name, network, tuple(difference(network, *pair, seed) for seed in seeds))
         for name, pair in PAIRS.items()
@@ -132,7 +132,7 @@ def run_apart(
     ]
     accuracies: dict[str, list[float]] = {network: [] for network in study.networks}
     for fold in study.folds:
-        place = folder / f"fold-{fold}.json"
+        place = run.folder / f"fold-{fold}.json"
         if not place.exists():
             outcomes = train_graphs(
                 replace(study.job(fold), runs=folder), resume=True, console=console

@@ -1,6 +1,5 @@
 """The path that training took through parameter space, read off checkpoints layer by layer."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,28 +16,28 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 from torch import Tensor
 
 from gramian.core.gram import Gram
 from gramian.core.trajectory import sum_of
 from gramian.errors import InputError, StoppedError
 from gramian.observe.alignment import Aligned, Checks, align
-from gramian.observe.checkpoints import PartGram, stream
+from gramian.observe.checkpoints import PartGram, Streamed, begin, stream
 from gramian.observe.hallmarks import CURVES, SCALARS, hallmarks, time_weighted
 from gramian.observe.parts import ORDER
 from gramian.observe.phase import Phase, phase
-from gramian.observe.recorder import ENDING, SketchedPath, read_sketches
+from gramian.observe.recorder import ENDING, SketchedPath, groups_of, read_sketches
 from gramian.observe.series import Checkpoint, Series, find_series
+from gramian.ranks import is_main, on_main, rank, ranks
 from gramian.tasks.digits_series import record_digits
-from gramian.tasks.predict_page import check_free
+from gramian.tasks.predict_page import UNFINISHED, check_free
+from gramian.train.processes import main_first, on_all
 from gramian.train.run import read_json
 from gramian.train.signals import stop_requests
 
 TRAJECTORY = "trajectory.json"
 """The file by which a folder is known as that of an analysis."""
-
-UNFINISHED = "unfinished"
-"""The folder inside, of what an analysis has found so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +124,8 @@ def trajectory(
     """Read the paths of one or several series; `trajectory_files.write_report` writes them down.
 
     Every checkpoint is read once, piece by piece. What was found so far is in the folder of the results, and
-    the same call goes on from it after a stop.
+    the same call goes on from it after a stop. Processes of `gramian.ranks` share the pieces by files in that
+    folder; the main one reads no piece again that it finds there, and returns the courses, others none.
 
     Raises: InputError for checkpoints or settings that cannot be used, and a folder that is taken;
         StoppedError after a signal, saved.
@@ -133,25 +133,27 @@ def trajectory(
     """
     console = console or Console()
     config.check()
-    check_output(config.folder, overwrite)
-    paths = config.checkpoints or (record_digits(config.folder, console),)
+    on_main(lambda: check_output(config.folder, overwrite))
+    paths = config.checkpoints or (main_first(lambda: record_digits(config.folder, console)),)
     found = find_series(paths)
-    return tuple(
+    courses = [
         _read(series, config, config.folder / UNFINISHED / str(index), overwrite, console)
         for index, series in enumerate(found)
-    )
+    ]
+    return tuple(course for course in courses if course is not None)
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raise InputError unless results may go into a folder, in which an analysis may have been begun."""
-    if not folder.is_dir() or {path.name for path in folder.iterdir()} != {UNFINISHED}:
-        check_free(folder, overwrite, TRAJECTORY)
+    check_free(folder, overwrite, TRAJECTORY, begun=True)
 
 
-def _read(series: Series, config: TrajectoryConfig, folder: Path, anew: bool, console: Console) -> Course:
-    """Read one series."""
+def _read(
+    series: Series, config: TrajectoryConfig, folder: Path, anew: bool, console: Console
+) -> Course | None:
+    """Read one series; None on all processes but the main one."""
     series = _between(series, config)
-    with console.status(f"comparing the checkpoints of {series.name}"):
+    with console.status(Text(f"comparing the checkpoints of {series.name}")):
         alignment = align(series, config.checks)
     times = tuple(checkpoint.step for checkpoint in alignment.checkpoints)
     remarks = [remark.sentence for remark in alignment.remarks]
@@ -171,28 +173,41 @@ def _read(series: Series, config: TrajectoryConfig, folder: Path, anew: bool, co
             transient=True,
         ) as bar,
     ):
-        task = bar.add_task(series.name, total=stored)
-        streamed = stream(
-            alignment.tensors,
-            folder,
-            config=_configuration(about),
-            workers=config.workers,
-            leave_out=config.checks.mismatch == "leave_out",
-            anew=anew,
-            advanced=lambda done: bar.advance(task, done),
-            stopped=lambda: requested() is not None,
-        )
-        if streamed is None:
-            raise StoppedError(
-                f"stopped by {requested()} and saved in {folder.parent}; the same command goes on from there"
+        task = bar.add_task(series.name, total=stored // ranks())
+
+        def read(share: tuple[int, int]) -> Streamed | None:
+            streamed = stream(
+                alignment.tensors,
+                folder,
+                config=_configuration(about),
+                workers=config.workers,
+                leave_out=config.checks.mismatch == "leave_out",
+                share=share,
+                anew=anew,
+                advanced=lambda done: bar.advance(task, done),
+                stopped=lambda: requested() is not None,
             )
+            if streamed is None and (requested() or share == (0, 1)):
+                raise StoppedError(
+                    f"stopped by {requested()} and saved in {folder.parent}; the same command goes on from "
+                    "there"
+                )
+            return streamed
+
+        if ranks() > 1:
+            on_main(lambda: begin(alignment.tensors, folder, config=_configuration(about), anew=anew))
+            on_all(lambda: read((rank(), ranks())))
+        if not is_main():
+            return None
+        bar.reset(task, total=stored)
+        streamed = read((0, 1))
+    assert streamed is not None
     remarks += [f"{name} is left out: it is not finite in {file}." for name, file in streamed.broken.items()]
     if not streamed.parts:
         raise InputError(f"no tensor of {series.name} is finite in all checkpoints")
     found = _sketches(series, times) if sketched else None
-    held = {
-        f"{name}{ENDING}": count for name, count in json.loads(about.metadata.get("groups", "{}")).items()
-    }
+    groups = groups_of(about.metadata, about.path)
+    held = {f"{name}{ENDING}": count for name, count in groups.items()}
     facts = _facts(alignment.tensors, about, stored)
     return _path(series.name, times, streamed.parts, found, held, remarks, facts)
 

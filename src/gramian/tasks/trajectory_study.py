@@ -250,13 +250,13 @@ def run_paths(
     Raises: InputError for settings that cannot be used; DivergedError when a loss is not finite.
     """
     study.check()
-    open_run(folder, study, resume=True)
+    run = open_run(folder, study, resume=True)
     wanted = [(case, seed) for case in study.cases for seed in seeds[case.network]]
     found = []
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("paths", total=len(wanted))
         for case, seed in wanted:
-            place = folder / f"{case.label}-seed-{seed}.json"
+            place = run.folder / f"{case.label}-seed-{seed}.json"
             if not place.exists():
                 progress.update(bar, description=f"{case.label}, seed {seed}")
                 write_json(place, asdict(travel(study, case, seed)))

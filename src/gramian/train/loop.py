@@ -1,115 +1,26 @@
 """One training loop on Accelerate: it advances, reads, saves, stops and resumes."""
 
 import math
+import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gramian.errors import DivergedError, InputError, MissingExtraError
+from gramian.errors import DivergedError, InputError
 from gramian.observe.probe import Probe
-from gramian.observe.recorder import MODES, TrajectoryRecorder
 from gramian.train import checkpoint, optimisers
+from gramian.train.points import Points
+from gramian.train.processes import Processes, main_first, others
 from gramian.train.run import Run
 from gramian.train.schedule import multiplier
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How a model is trained."""
-
-    steps: int = 800
-    """Optimiser steps."""
-    batch: int = 4
-    """Sequences an optimiser step sees, over all devices."""
-    accumulation: int = 1
-    """Micro-batches that a step's sequences are split into, to save memory."""
-    optimiser: str = "adamw"
-    """adamw, adafactor, soap, shampoo or muon; AdamW trains embeddings and vectors beside the last three."""
-    learning_rate: float = 2e-3
-    """Peak learning rate."""
-    vector_learning_rate: float | None = None
-    """Peak learning rate of what AdamW trains beside soap, shampoo or muon; the same when not given."""
-    schedule: str = "linear"
-    """How the learning rate falls after the warm-up: linear, cosine or constant."""
-    warmup: float = 0.05
-    """Fraction of the steps over which the learning rate rises."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; gains, norms and biases have none."""
-    betas: tuple[float, float] | None = None
-    """Decay rates of the two moments; each optimiser's own when not given, 0.9 and 0.99 for adamw."""
-    eps: float = 1e-8
-    """The term that AdamW and SOAP add to the root of the second moment."""
-    clip: float = 1.0
-    """Largest gradient norm; inf for no clipping."""
-    precision: str = "fp32"
-    """Arithmetic of the forward pass: fp32, or bf16 for autocast."""
-    gradient_checkpointing: bool = False
-    """Whether blocks are computed again in the backward pass, to save memory."""
-    compile: bool = False
-    """Compile the model with torch.compile (steps that are observed run uncompiled)."""
-    device: str = "auto"
-    """auto takes a GPU when there is one; cpu never does."""
-    seed: int = 0
-    """Seed of weights and batches."""
-    evaluate_every: int = 100
-    """Steps between two evaluations."""
-    observe_every: int = 50
-    """Steps between two observations of the insides."""
-    checkpoint_every: int = 200
-    """Steps between two checkpoints; the last step is always saved."""
-    keep: int = 2
-    """Checkpoints kept, newest first; 0 keeps all."""
-    log_every: int = 10
-    """Steps between two looks at the loss (each one waits for the device)."""
-    trajectory_every: int = 0
-    """Steps between two points of the recorded trajectory, of which the last step is one; 0 for none."""
-    trajectory: str = "sketch"
-    """What a point of the trajectory keeps: sketch, 64 KiB for any model, or exact, all weights."""
-    tensorboard: bool = False
-    """Also write TensorBoard files into the run folder."""
-
-    def check(self) -> None:
-        """Raise InputError (MissingExtraError) naming the first setting that cannot be used."""
-        counts = ("steps", "batch", "accumulation", "evaluate_every", "observe_every", "checkpoint_every")
-        for name in (*counts, "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch % self.accumulation:
-            raise InputError(f"batch {self.batch} is not divisible by accumulation {self.accumulation}")
-        for name in ("keep", "trajectory_every"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} cannot be negative, got {getattr(self, name)}")
-        if self.trajectory not in MODES:
-            raise InputError(f"unknown trajectory {self.trajectory!r}; choose sketch or exact")
-        if not self.clip > 0:
-            raise InputError(f"clip must be positive (inf for none), got {self.clip:g}")
-        if self.precision not in ("fp32", "bf16"):
-            raise InputError(f"unknown precision {self.precision!r}; choose fp32 or bf16")
-        if self.device not in ("auto", "cpu"):
-            raise InputError(f"unknown device {self.device!r}; choose auto or cpu")
-        if self.tensorboard and find_spec("tensorboard") is None:
-            raise MissingExtraError(
-                'writing TensorBoard files needs tensorboard: pip install "gramian[tensorboard]"'
-            )
-        if self.seed < 0:
-            raise InputError(f"seed cannot be negative, got {self.seed}")
-        multiplier(0, self.steps, self.warmup, self.schedule)
-        optimisers.check(self.optimiser, self.rates)
-
-    @property
-    def rates(self) -> optimisers.Settings:
-        """What the optimiser is told."""
-        return optimisers.Settings(
-            self.learning_rate, self.weight_decay, self.betas, self.eps, self.vector_learning_rate
-        )
+from gramian.train.settings import Training
+from gramian.train.sharding import whole
 
 
 class Trainer:
@@ -117,13 +28,14 @@ class Trainer:
 
     Everything at a step is a function of the settings and the step alone (batch, learning rate, random
     stream), and the rest is in the checkpoint; so a run that was stopped and resumed ends in the very same
-    weights.
+    weights. All processes of a launch train the model together (`Processes`): to the same weights, up to
+    rounding, as one process does, but for dropout, whose stream each has for itself.
 
     Args:
         model: what is trained.
-        loss: (model, batch) -> scalar mean loss of a batch.
-        batches: step -> batch, a pure function; the first axis is split over micro-batches and devices.
-        evaluate: model -> numbers, called in evaluation mode without gradients.
+        loss: (model, batch) -> scalar mean loss of a batch, or of a part of its rows.
+        batches: step -> batch, a pure function; the first axis is split over micro-batches and processes.
+        evaluate: model -> numbers, called on every process, in evaluation mode without gradients.
         probe: what is read from the insides every `settings.observe_every` steps, or None.
         settings: how to train.
         run: where readings and checkpoints go.
@@ -132,6 +44,8 @@ class Trainer:
         unit: what `tokens` counts, in words.
         groups: (model, weight decay) -> the optimiser's groups; by default vectors are not decayed.
         enough: whether training has ended before its last step, asked after every evaluation.
+        count: how many things the mean loss of a batch is of, its rows by default; parts of a batch weigh by
+            it.
     """
 
     def __init__(
@@ -149,19 +63,16 @@ class Trainer:
         unit: str = "tokens",
         groups: Callable[[nn.Module, float], optimisers.Groups] = optimisers.parameter_groups,
         enough: Callable[[], bool] = lambda: False,
+        count: Callable[[Tensor], int] = len,
     ) -> None:
+        self._processes = Processes(settings.device == "cpu", run.folder, tensorboard=settings.tensorboard)
         settings.check()
+        self._processes.check(settings.optimiser)
         self.model, self.settings, self.run, self.probe = model, settings, run, probe
         self._loss, self._batches, self._evaluate, self._tokens = loss, batches, evaluate, tokens
-        self._accelerator = Accelerator(
-            cpu=settings.device == "cpu",
-            log_with="tensorboard" if settings.tensorboard else None,
-            project_dir=run.folder,
-        )
-        self.unit, self._enough, self._ended = unit, enough, False
-        optimiser = optimisers.build_optimiser(settings.optimiser, model, settings.rates, groups)
-        self._forward, self._optimiser = self._accelerator.prepare(model, optimiser)
-        self._compiled: Any = torch.compile(self._forward) if settings.compile else self._forward
+        self.unit, self._enough, self._ended, self._count = unit, enough, False, count
+        self._processes.place(model)
+        self._optimiser = optimisers.build_optimiser(settings.optimiser, model, settings.rates, groups)
         self._record, self._rows = run.record, 0
         self.step, self.seconds = 0, 0.0
         self.latest: dict[str, float] = {}
@@ -169,12 +80,17 @@ class Trainer:
         self._group_start, self._group_observed = 0.0, False
         self._rates: list[float] = []
         if settings.tensorboard:
-            self._accelerator.init_trackers("tensorboard")
+            self._processes.accelerator.init_trackers("tensorboard")
         if resume:
-            self._restore()
-        self._recorder = self._start_trajectory()
+            main_first(self._restore)
+            self._processes.check_same(torch.tensor([self.step, int(self._ended)]))
+        if self._processes.count > 1:
+            self._processes.check_same(batches(self.step))
+        self._forward = self._processes.share(model, self._optimiser)
+        self._compiled: Any = torch.compile(self._forward) if settings.compile else self._forward
+        self._points = self._start_trajectory()
         if self.step == 0:
-            self._record.keep_first(0)
+            self._processes.on_main(lambda: self._record.keep_first(0))
             self._write_evaluation()
 
     @property
@@ -185,7 +101,7 @@ class Trainer:
     @property
     def device(self) -> torch.device:
         """Where the model is trained."""
-        return self._accelerator.device
+        return self._processes.device
 
     @property
     def tokens_per_second(self) -> float:
@@ -194,6 +110,7 @@ class Trainer:
             return statistics.median(self._rates)
         return self._tokens * self.step / self.seconds if self.seconds else 0.0
 
+    @others()
     def advance(self, steps: int) -> None:
         """Take up to `steps` optimiser steps, with the readings and checkpoints that fall due.
 
@@ -227,57 +144,73 @@ class Trainer:
             self._group_start = time.perf_counter()
         self._flush()
 
+    @others()
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is nothing new."""
-        if self.step == 0 or not self._accelerator.is_main_process:
+        if self.step == 0:
             return
         state = {"seconds": self.seconds, "rates": self._rates, "rows": self._rows}
-        model = self._accelerator.unwrap_model(self._forward)
-        optimiser = self._optimiser.optimizer
-        checkpoint.save(self.run.checkpoints, self.step, model, optimiser, state, self.settings.keep)
+        main = self._processes.is_main
+        kept = checkpoint.optimiser_state(self.model, self._optimiser, keep=main)
+        model = whole(self.model, keep=main)
+
+        def save() -> None:
+            self._record.sync()
+            folder, most = self.run.checkpoints, self.settings.keep
+            checkpoint.save(folder, self.step, model, kept, state, most)
+
+        self._processes.on_main(save)
+
+    def agreed(self, requested: str | None) -> str | None:
+        """Return the signal that asked any of the processes to stop, or None."""
+        number = self._processes.largest(signal.Signals[requested] if requested else 0)
+        return signal.Signals(number).name if number else None
 
     def close(self) -> None:
         """End the trackers."""
         if self.settings.tensorboard:
-            self._accelerator.end_training()
+            self._processes.accelerator.end_training()
 
     def _restore(self) -> None:
-        saved = checkpoint.checkpoints(self.run.checkpoints)
-        if not saved:
+        saved = checkpoint.newest(self.run.checkpoints)
+        if saved is None:
             return
-        model = self._accelerator.unwrap_model(self._forward)
-        state = checkpoint.load(saved[-1], model, self._optimiser.optimizer)
+        state = checkpoint.load(saved, self.model, self._optimiser)
         try:
             self.seconds, self._rates, self._rows = state["seconds"], state["rates"], state["rows"]
         except KeyError as error:
-            raise InputError(f"the checkpoint {saved[-1].folder} lacks {error} in its state.json") from error
-        self.step = saved[-1].step
-        self._record.keep_first(self._rows)
-        for row in self._record.read():
+            raise InputError(f"the checkpoint {saved.folder} lacks {error} in its state.json") from error
+        self.step = saved.step
+        main = self._processes.is_main
+        if main:  # a process that was killed may have had no time to
+            checkpoint.drop_surplus(self.run.checkpoints, self.settings.keep)
+        rows = self._record.keep_first(self._rows) if main else self._record.read()
+        if main and len(rows) < self._rows:
+            warnings.warn(f"{self._record.path} lacks readings before step {self.step}", stacklevel=4)
+            self._rows = len(rows)
+        for row in rows:
             self._remember(row)
         self._ended = self._enough()
 
-    def _start_trajectory(self) -> TrajectoryRecorder | None:
+    def _start_trajectory(self) -> Points | None:
         """Begin the trajectory, or go on with it: later points of a run that was cut off are dropped."""
-        settings = self.settings
-        if not (settings.trajectory_every and self._accelerator.is_main_process):
+        every, mode = self.settings.trajectory_every, self.settings.trajectory
+        if not every:
             return None
-        model = self._accelerator.unwrap_model(self._forward)
-        recorder = TrajectoryRecorder(model, self.run.folder / "trajectory", settings.trajectory)
-        recorder.start(self.step)
-        recorder.record_if_due(self.step, settings.trajectory_every, self.finished)
-        return recorder
+        points = Points(self.model, self.run, mode, every, self.step, self._processes)
+        if points.due(self.step, self.finished):
+            points.record(self.step)
+        return points
 
     def _record_trajectory(self) -> None:
         """Record a point if it is due; the time that this takes is no training time."""
-        recorder, every = self._recorder, self.settings.trajectory_every
-        if recorder is None or not recorder.due(self.step, every, self.finished):
+        if self._points is None or not self._points.due(self.step, self.finished):
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the steps before are training time
         began = time.perf_counter()
         try:
-            recorder.record(self.step)
+            self._points.record(self.step)
         except DivergedError:
             self._flush()  # which names the step whose loss or gradient was at fault
             raise
@@ -288,54 +221,53 @@ class Trainer:
         self.latest.update({key: value for key, value in row.items() if isinstance(value, float)})
 
     def _take_step(self) -> None:
-        settings, accelerator = self.settings, self._accelerator
+        settings, processes = self.settings, self._processes
         share = multiplier(self.step, settings.steps, settings.warmup, settings.schedule)
         for group in self._optimiser.param_groups:
             group["lr"] = share * group["initial_lr"]
         observed = self.probe is not None and self.probe.due(self.step)
         forward = self._forward if observed else self._compiled
-        batch = self._batches(self.step)[accelerator.process_index :: accelerator.num_processes]
-        parts = batch.to(accelerator.device).chunk(settings.accumulation)
-        total = torch.zeros((), device=accelerator.device)
+        batch = self._batches(self.step)
+        parts, total = processes.rows(batch, settings.accumulation), torch.zeros((), device=self.device)
+        shares = [processes.count * self._count(part) / self._count(batch) for part in parts]
         with self._random_stream(), self._sampling() as sample:
-            for index, part in enumerate(parts):
-                last = index == len(parts) - 1
-                with _nothing() if last else accelerator.no_sync(self._forward):
+            for index, (part, weight) in enumerate(zip(parts, shares, strict=True)):
+                with processes.adding_up(self._forward, last=index == len(parts) - 1):
                     with self._arithmetic():
-                        loss = self._loss(forward, part) / len(parts)
-                    accelerator.backward(loss)
+                        loss = self._loss(forward, part.to(self.device)) * weight
+                    processes.accelerator.backward(loss)
                 total += loss.detach()
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.clip)
-        assert norm is not None
+            norm = processes.clip(self.model, settings.clip)
         self._optimiser.step()
         self._optimiser.zero_grad()
         self._pending.append((total, norm.detach()))
         if sample is not None:
             self._group_observed = True
+            processes.merge_(sample)
             self._write({"kind": "observe", "step": self.step, "sites": sample.readings()})
         self.step += 1
 
     @contextmanager
     def _random_stream(self) -> Iterator[None]:
-        """Seed what the model draws (dropout) by the seed and the step; torch's own stream is put back."""
-        device = self._accelerator.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
+        """Seed what the model draws (dropout) by seed, step and process; torch's own stream is put back."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.settings.seed * 1_000_003 + self.step + (self._processes.index << 40))
             yield
 
     def _arithmetic(self) -> torch.autocast:
         """Return the autocast of the forward pass."""
         low = self.settings.precision == "bf16"
-        return torch.autocast(self._accelerator.device.type, torch.bfloat16, enabled=low)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
     def _sampling(self) -> Any:
-        return _nothing() if self.probe is None else self.probe.sample(self.step)
+        return nullcontext() if self.probe is None else self.probe.sample(self.step)
 
     def _flush(self) -> None:
         """Look at the steps since the last look: check that they are finite and write them down."""
         if not self._pending:
             return
-        losses, norms = (torch.stack(values).tolist() for values in zip(*self._pending, strict=True))
+        values = self._processes.mean(torch.stack([torch.stack(pair) for pair in self._pending]))
+        losses, norms = values.T.tolist()
         elapsed = time.perf_counter() - self._group_start
         first = self.step - len(losses)
         for index, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
@@ -344,9 +276,14 @@ class Trainer:
         if not self._group_observed and len(losses) == self.settings.log_every:
             self._rates.append(self._tokens * len(losses) / elapsed)
         self.seconds += elapsed
-        for index, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
-            row = {"kind": "train", "step": first + index, "loss": loss, "gradient_norm": norm}
-            self._write({**row, "seconds": self.seconds - elapsed * (1 - (index + 1) / len(losses))})
+        began, each = self.seconds - elapsed, elapsed / len(losses)
+        self._write(
+            *(
+                {"kind": "train", "step": first + index, "loss": loss, "gradient_norm": norm}
+                | {"seconds": began + each * (index + 1)}
+                for index, (loss, norm) in enumerate(zip(losses, norms, strict=True))
+            )
+        )
         self._pending.clear()
         self._group_start, self._group_observed = time.perf_counter(), False
 
@@ -363,17 +300,25 @@ class Trainer:
             numbers = self._evaluate(self._forward)
         self.model.train()
         self._write({"kind": "evaluate", "step": self.step, "seconds": self.seconds, **numbers})
-        self._ended = self.step > 0 and self._enough()
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self._remember(row)
-        if not self._accelerator.is_main_process:
-            return
-        self._record.append(row)
-        self._rows += 1
-        if self.settings.tensorboard:
-            scalars = {f"{row['kind']}/{key}": value for key, value in _scalars(row)}
-            self._accelerator.log(scalars, step=row["step"])
+        def judge() -> None:
+            self._ended = self.step > 0 and self._enough()
+
+        self._processes.on_main(judge)
+        self._ended = self._processes.largest(int(self._ended)) > 0
+
+    def _write(self, *rows: dict[str, Any]) -> None:
+        for row in rows:
+            self._remember(row)
+        self._processes.on_main(lambda: self._append(rows))
+
+    def _append(self, rows: Sequence[dict[str, Any]]) -> None:
+        for row in rows:
+            self._record.append(row)
+            self._rows += 1
+            if self.settings.tensorboard:
+                scalars = {f"{row['kind']}/{key}": value for key, value in _scalars(row)}
+                self._processes.accelerator.log(scalars, step=row["step"])
 
 
 def _scalars(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -383,8 +328,3 @@ def _scalars(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float
             yield from _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, float):
             yield prefix + key, value
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None

@@ -15,7 +15,7 @@ def train_side_by_side(trainers: Mapping[str, Trainer], console: Console) -> Non
     """Advance all trainers to their last step, a few steps of each in turn.
 
     Throughputs measured this way can be compared on a machine whose speed wanders. On SIGINT (Ctrl-C) or
-    SIGTERM the step at hand is finished and every trainer saved.
+    SIGTERM, on any of the processes, the step at hand is finished and every trainer saved.
 
     Raises: StoppedError after a signal; DivergedError, the other trainers saved, when a loss or gradient
         is not finite.
@@ -34,7 +34,7 @@ def train_side_by_side(trainers: Mapping[str, Trainer], console: Console) -> Non
         }
         while unfinished := {name: t for name, t in trainers.items() if not t.finished}:
             for name, trainer in unfinished.items():
-                if signal := requested():
+                if signal := trainer.agreed(requested()):
                     _save(trainers.values())
                     steps = ", ".join(f"{name} at step {t.step}" for name, t in trainers.items())
                     raise StoppedError(f"stopped by {signal} and saved: {steps}; go on with --resume")
