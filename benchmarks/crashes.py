@@ -198,7 +198,7 @@ def saved(place: Path) -> Saved:
         if not any(part.startswith(".") for part in path.relative_to(place).parts):
             units = {name.split("/")[0] for name in load_file(path)}
             pieces[str(path.parent)] = pieces.get(str(path.parent), 0) + len(units)
-    fitted = {str(path.parent): 1 for path in place.rglob(f"unfinished/*/{kept_ensembles.MEMBERS}")}
+    fitted = {str(path.parent): 1 for path in place.rglob(f"unfinished/[!.]*/{kept_ensembles.MEMBERS}")}
     return steps | pieces | fitted
 
 

@@ -168,7 +168,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(runs, tmp_path: Path, capsys,
     capsys.readouterr()
     folder = tmp_path / "runs" / "stopped"
     advance = Trainer.advance
-    for stage, step in ((20, 7), (6, 2)):  # of the fit, of its finish
+    for stage, step in ((20, 7), (10, 2)):  # of the fit, of its finish
 
         def stopping(trainer: Trainer, steps: int, stage: int = stage, step: int = step) -> None:
             advance(trainer, steps)

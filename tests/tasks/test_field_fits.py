@@ -298,7 +298,7 @@ def test_networks_are_what_their_settings_say() -> None:
         assert isinstance(field, Field)
         assert isinstance(field.encoding, kinds[name])
         rates = [part.p for part in field.modules() if isinstance(part, torch.nn.Dropout)]
-        assert rates == [0.2] * 3
+        assert rates == [0.05] * 3
     assert made["hash"].encoding.resolutions[-1] == 32
     assert sum(isinstance(part, Sine) for part in made["sine"].modules()) == 4
     plain = Network().build(32, 0, dropout=False)
@@ -318,7 +318,7 @@ def test_bad_settings() -> None:
         (Network(encoding="fourier", waves=0).check, "number of Fourier features"),
         (Network(encoding="sine", omega=-1.0).check, "positive and finite"),
         (Network(output="tanh").check, "unknown output 'tanh'"),
-        (Fit(coarse=1.0).check, "got 1, 0.2 and 0.3"),
+        (Fit(coarse=1.0).check, "got 1, 0.5 and 0.5"),
         (Fit(patience=0.0).check, "got 0.4, 0 and 0.5"),
         (Fit(finish=-1.0).check, "got 0.4, 0.5 and -1"),
         (Fit(variation=-1.0).check, "total variation has to be finite and at least 0, not -1"),

@@ -304,7 +304,7 @@ def test_damaged_weights(folder: Path) -> None:
         with pytest.raises(InputError, match=r"pruned\.safetensors cannot be read as safetensors: "):
             load_pruned(folder)
     (folder / PRUNED).unlink()
-    with pytest.raises(InputError, match=r"pruned\.safetensors cannot be read as safetensors: "):
+    with pytest.raises(InputError, match=r"pruned\.safetensors cannot be read: No such file"):
         load_pruned(folder)
     torch.testing.assert_close(load_pruned(folder, small=True)(inputs(MLP)).shape, torch.Size([20, 10]))
     for spoiled, words in (

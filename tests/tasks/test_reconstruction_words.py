@@ -96,7 +96,7 @@ def test_what_was_fitted_is_said(made) -> None:
     assert text.startswith("Shepp–Logan phantom: 20 views of 34 detectors, noise Gaussian, 40 dB; the image")
     size = sum(each.numel() for each in made.before.members.parameters())
     assert f"A field (hash) of {size:,} parameters was fitted to 16 views with total variation" in text
-    assert "by the unseen views, and by 6 more to all views." in text
+    assert "by the unseen views, and by 10 more to all views." in text
     assert "more to all views" not in said(replace(made, fitted=made.before))
 
 
