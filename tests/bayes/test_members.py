@@ -118,6 +118,7 @@ def test_a_tangent_without_the_readout_at_zero_is_noticed(kernels, monkeypatch) 
     assert agree(values, kernels[0] + 2 * kernels[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ntkgp_fn", "rp_fn"])
 def test_function_space_members_over_disperse_unless_corrected(kernels, method: str) -> None:
     """Far from data a member is what it is at its anchor: that has to have covariance Θ, or K."""

@@ -83,6 +83,7 @@ def test_products_alone_solve_as_the_kernel_does(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(alone, dense, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_linear_members_that_are_trained_reach_the_same_minimum() -> None:
     config = dataclasses.replace(CONFIG, members=2, steps=8000, learning_rate=0.05)
     solved = fit_ensemble(network, X, Y, config).functions(OTHER)
