@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-LONG = ("infinitely_deep_kernels", "long_range_graphs_with_pyg")
+LONG = (
+    "infinitely_deep_kernels",
+    "long_range_graphs_with_pyg",
+    "how_far_does_a_graph_network_see",
+    "how_sure_is_a_ct_slice",
+)
 
 
 def marked(path: Path) -> object:

@@ -124,6 +124,7 @@ def killed_everywhere(nursery: Nursery, work: str, folder: Path) -> Iterator[int
         yield number
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_whole_or_absent_wherever_its_writer_is_killed(nursery, tmp_path: Path) -> None:
     folder, reached = tmp_path / "saved", 0
     folder.mkdir()

@@ -129,6 +129,7 @@ def test_function_space_members_over_disperse_unless_corrected(kernels, method: 
     assert (published.var(0) / expected.diagonal()).min() > 1.2
 
 
+@pytest.mark.slow
 def test_of_relu_without_biases_the_excess_is_known() -> None:
     """J^{≤L} θ^{≤L} = L f_0: published RP-fn has K + L² K."""
 
@@ -140,6 +141,7 @@ def test_of_relu_without_biases_the_excess_is_known() -> None:
     torch.testing.assert_close(published.var(0), 5 * exact.var(0), rtol=0.25, atol=0)
 
 
+@pytest.mark.slow
 def test_kernels_of_wide_members_agree_like_one_over_width() -> None:
     """The variance of Θ(x, x) over members falls like 1/width: the prior of f̃ becomes Gaussian."""
     widths = torch.tensor([16.0, 32.0, 64.0, 128.0])

@@ -132,7 +132,7 @@ def test_divergence_says_the_step_and_keeps_the_last_good_checkpoint(tmp_path, s
     assert all(value.isfinite().all() for value in kept.values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_stopped_process_resumes_to_bit_identical_weights(tmp_path, story, number) -> None:
     def start(name: str, *more: str) -> subprocess.Popen:
         arguments = small("train", tmp_path, story, "--name", name, "--steps", "400", *more)

@@ -210,7 +210,12 @@ for name in names:
 @pytest.mark.parametrize(
     ("backend", "names"),
     [
-        pytest.param("eager", ["pre_norm", "sas", "sas_p", "u_spa", "e_spa", "shaped"], id="traced"),
+        pytest.param(
+            "eager",
+            ["pre_norm", "sas", "sas_p", "u_spa", "e_spa", "shaped"],
+            id="traced",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("inductor", list(BLOCKS), id="compiled", marks=pytest.mark.slow),
     ],
 )

@@ -55,7 +55,8 @@ def trainer(
 
     def evaluate(forward: nn.Module) -> dict[str, float]:
         assert not forward.training
-        return {"validation_loss": loss(forward, batches(1000)).item()}
+        batch = batches(1000).to(next(forward.parameters()).device)
+        return {"validation_loss": loss(forward, batch).item()}
 
     return Trainer(model, loss, batches, evaluate, probe, settings, run, tokens=24, resume=resume, **more)
 
