@@ -33,9 +33,12 @@ from gramian.train.side_by_side import train_side_by_side
 
 TOKENS, LENGTH, BATCH = 51, 9, 8
 
+DEVICE = "cpu" if torch.cuda.is_available() else "auto"
+"""What a user leaves as it is; two processes cannot share one GPU."""
+
 SETTINGS = Training(
     steps=8, batch=BATCH, learning_rate=0.01, eps=1e-5, clip=0.5, log_every=3, evaluate_every=4,
-    observe_every=3, checkpoint_every=4, keep=0, trajectory_every=4, trajectory="exact", device="cpu",
+    observe_every=3, checkpoint_every=4, keep=0, trajectory_every=4, trajectory="exact", device=DEVICE,
 )  # fmt: skip
 """An eps far above rounding, which alone makes the gradient of the keys' biases: AdamW would follow it."""
 

@@ -14,7 +14,7 @@ from gramian.observe import recorder
 from gramian.train import processes, settings, sharding
 from gramian.train.run import Run
 from launched import TESTS, launched
-from shared_training import SETTINGS, SHAPES, settings_of, trainer, weights
+from shared_training import DEVICE, SETTINGS, SHAPES, settings_of, trainer, weights
 
 CLOSE = 1e-5
 PROGRAM = str(TESTS / "shared_training.py")
@@ -152,7 +152,7 @@ def test_the_command_line_trains_on_several_processes(tmp_path, story) -> None:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         given = ["--text", str(story), "--vocabulary", "300", "--width", "16", "--depth", "2", "--heads", "2"]
         given += ["--context", "16", "--steps", "6", "--evaluate-every", "3", "--checkpoint-every", "3"]
-        given += ["--runs", str(tmp_path), "--name", name, "--device", "cpu", "--eps", "1e-5", *more]
+        given += ["--runs", str(tmp_path), "--name", name, "--device", DEVICE, "--eps", "1e-5", *more]
         line = [sys.executable, *(launch if count > 1 else []), "-m", "gramian", command, *given]
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
         return subprocess.run(line, env=variables, capture_output=True, text=True, timeout=240)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gramian import ranks
 from gramian.errors import GramianError, InputError
@@ -37,8 +38,11 @@ class Processes:
     """
 
     def __init__(self, cpu: bool, folder: Path, *, tensorboard: bool = False) -> None:
+        alone = ranks.ranks() == 1  # several without a GPU average nothing unless Accelerate is told
         self.accelerator = Accelerator(
-            cpu=cpu, log_with="tensorboard" if tensorboard else None, project_dir=folder
+            cpu=cpu or not (alone or torch.cuda.is_available()),
+            log_with="tensorboard" if tensorboard else None,
+            project_dir=folder,
         )
         asked = os.environ.get(FSDP, "false").lower() in ("1", "true", "yes")
         self.sharded = asked and dist.is_available() and dist.is_initialized()
@@ -70,7 +74,12 @@ class Processes:
         All start from the weights of the main process.
         """
         if not self.sharded:
-            return self.accelerator.prepare_model(model)
+            shared = self.accelerator.prepare_model(model)
+            if self.count > 1 and not isinstance(shared, DistributedDataParallel):
+                raise GramianError(
+                    f"the {self.count} processes do not share their gradients on {self.device}"
+                )
+            return shared
         sharding.shard_(model, optimiser, self.device)
         return model
 
