@@ -165,9 +165,9 @@ def spread_factor(check: ViewCheck) -> SpreadFactor:
     F is the Fourier transform of a view along its detectors, ω its frequency (a quarter of the first one for
     the mean), n the noise and Var_k the variance over K samples; the sums are over views and frequencies, and
     a negative s² becomes 0. Since views are slices of the image's Fourier transform, Σ |ω| |F A e|² over all
-    angles is the squared norm of an image e of errors, so that pixels are compared with pixels. Sums along
-    rays would say otherwise: deviations that alternate from pixel to pixel cancel in them, errors of a fit
-    often do not, and a factor by the likelihood of rays is then too large.
+    angles is the squared norm of an image e of errors, so that pixels are compared with pixels. A factor by
+    the likelihood of rays can miss that on either side: where deviations alternate from pixel to pixel and
+    errors do not, they cancel along rays, and it is too large.
 
     What the mean, the noise level and the projector get wrong counts as missing spread. The views that chose
     s cannot judge it; that takes others.
