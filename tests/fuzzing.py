@@ -269,22 +269,17 @@ def _child(name: str, loader: Loader, numbers: range, seed: int, shared: mmap.mm
     os.dup2(silent, 2)
     base, first = [0], [True]
 
+    def put(number: int, tally: Tally) -> None:
+        counts = tally.accepted, tally.refused, tally.slowest, tally.memory, tally.inputs, tally.seconds
+        STATE.pack_into(shared, 0, number, *counts)
+
     def began(number: int, tally: Tally) -> None:
         if first[0]:
             first[0], base[0] = False, _resident()
             sys.addaudithook(lambda event, given: started.append(event) if event in STARTED else None)
             _limit_memory()
         tally.memory = _resident() - base[0]
-        state = (
-            number,
-            tally.accepted,
-            tally.refused,
-            tally.slowest,
-            tally.memory,
-            tally.inputs,
-            tally.seconds,
-        )
-        STATE.pack_into(shared, 0, *state)
+        put(number, tally)
         if len(tally.findings) != len(tally.first) or sum(tally.findings.values()) != began_with[0]:
             began_with[0] = sum(tally.findings.values())
             report.write_text(json.dumps([tally.findings, tally.first]))
@@ -297,16 +292,7 @@ def _child(name: str, loader: Loader, numbers: range, seed: int, shared: mmap.mm
         for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
             signal.setitimer(timer, 0)
         tally.memory = _resident() - base[0]
-    state = (
-        numbers.stop,
-        tally.accepted,
-        tally.refused,
-        tally.slowest,
-        tally.memory,
-        tally.inputs,
-        tally.seconds,
-    )
-    STATE.pack_into(shared, 0, *state)
+    put(numbers.stop, tally)
     report.write_text(json.dumps([tally.findings, tally.first]))
 
 
