@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 TEXT ?=
+# Tests start many processes: Python keeps what it has compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all lint bench crashes fuzz audit browser clean
 

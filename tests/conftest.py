@@ -1,11 +1,13 @@
 """One thread a worker, so that `pytest -n 2` does not make two cores fight, and a cache of the tests' own."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from programs import Programs
 from stories import write_story
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -20,6 +22,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["GRAMIAN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def programs(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    found = Programs(tmp_path_factory.mktemp("programs"))
+    yield found
+    found.close()
 
 
 @pytest.fixture

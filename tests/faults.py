@@ -335,6 +335,8 @@ def _obey(order: dict[str, Any]) -> NoReturn:
         for fault in entered:
             fault.__enter__()
         code = function(*order["arguments"]) or 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

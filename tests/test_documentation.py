@@ -1,17 +1,16 @@
 """The programs of documentation pages run as they stand."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from programs import Programs
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def programs(page: str, heading: str) -> list[str]:
+def programs_of(page: str, heading: str) -> list[str]:
     """Return the Python programs of a page's section."""
     text = (DOCS / page).read_text(encoding="utf-8")
     section = text[text.index(heading) + len(heading) :].partition("\n## ")[0]
@@ -30,10 +29,8 @@ def programs(page: str, heading: str) -> list[str]:
         ("scale_out.md", "## From Python"),
     ],
 )
-def test_programs_run(page: str, heading: str, tmp_path: Path) -> None:
-    (program,) = programs(page, heading)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-W", "error", "-c", program]
-    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_programs_run(page: str, heading: str, tmp_path: Path, programs: Programs) -> None:
+    (program,) = programs_of(page, heading)
+    done = programs.run(tmp_path, "text", program, warned="error")
+    assert done.code == 0, done.stderr
     assert done.stdout.strip()

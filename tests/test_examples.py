@@ -1,11 +1,10 @@
 """Every example runs and prints something; what README shows of it is what it prints."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from programs import Programs
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 LONG = (
@@ -21,15 +20,7 @@ def marked(path: Path) -> object:
 
 
 @pytest.mark.parametrize("path", [marked(path) for path in EXAMPLES])
-def test_example(path: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(path)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+def test_example(path: Path, tmp_path: Path, programs: Programs) -> None:
+    done = programs.run(tmp_path, "file", str(path))
+    assert done.code == 0, done.stderr
     assert done.stdout.strip()

@@ -38,7 +38,7 @@ from gramian.observe.recorder import TrajectoryRecorder, points
 from gramian.report import Page, Section
 from gramian.report.html import write
 from gramian.train.checkpoint import MODEL, OPTIMISER, STATE, check, checkpoints, drop_surplus, newest, save
-from intact import damaged, differences, leftovers
+from intact import damaged, differences, final_files, leftovers
 
 needs_mounts = pytest.mark.skipif(not can_mount(), reason="mounting a small disk needs root on Linux")
 TINY = [
@@ -489,20 +489,53 @@ def test_the_newest_checkpoint_is_so_by_its_step_whatever_the_clock_said(tmp_pat
     assert [each.step for each in checkpoints(tmp_path)] == [3, 4]
 
 
-# Whole jobs, killed
+# Whole jobs, killed or without room
+
+NAMES = ("train", "compare", "recorder", "trajectory", "reconstruct", "regress")
+
+
+@pytest.fixture
+def crashes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The benchmark that kills jobs, with what they read beside the folder of their results."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1] / "benchmarks")])
+    with warnings.catch_warnings():
+        import crashes
+    crashes.prepared(tmp_path)
+    return crashes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "compare", "recorder", "trajectory", "reconstruct", "regress"])
-def test_a_job_keeps_what_it_had_whenever_it_is_killed(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1] / "benchmarks")])
-    with warnings.catch_warnings():
-        from crashes import JOBS, killed, prepared
-    prepared(tmp_path)
-    (job,) = (job for job in JOBS if job.name == name)
-    counts = killed(job, tmp_path, seed=1, times=6).counts
+@pytest.mark.parametrize("name", NAMES)
+def test_a_job_keeps_what_it_had_whenever_it_is_killed(name: str, tmp_path: Path, crashes) -> None:
+    (job,) = (job for job in crashes.JOBS if job.name == name)
+    counts = crashes.killed(job, tmp_path, seed=1, times=6).counts
     assert sum(counts.kills.values()) == 6
     assert counts.results >= 1
     assert not counts.failures
+
+
+@pytest.mark.slow
+@needs_mounts
+@pytest.mark.parametrize("name", NAMES)
+def test_a_job_on_a_full_disk_tells_so_and_goes_on_when_there_is_room(
+    name: str, tmp_path: Path, crashes, capsys
+) -> None:
+    (job,) = (job for job in crashes.JOBS if job.name == name)
+    place, roomy = tmp_path / "disk", tmp_path / "roomy"
+    assert run(job.arguments(place)) == 0
+    size = sum(path.stat().st_size for path in final_files(place))
+    place.rename(roomy)
+    for share in (0.02, 0.3, 0.6, 0.9):
+        with small_disk(place, 4 * size) as disk:
+            (disk / ".ballast").write_bytes(bytes(int((4 - share) * size)))
+            capsys.readouterr()
+            assert run(job.arguments(disk)) == 1
+            said = " ".join(capsys.readouterr().err.split())
+            assert "No space left on device" in said
+            assert "Traceback" not in said
+            assert not damaged(disk)
+            (disk / ".ballast").unlink()
+            assert run(job.arguments(disk)) == 0
+            assert not leftovers(disk)
+            assert not differences(roomy, disk)
+        place.rmdir()

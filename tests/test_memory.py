@@ -128,6 +128,7 @@ ABSURD = [
     *(["regress", option, HUGE] for option in ("--members", "--widths")),
     ["prune", "--widths", HUGE],
     ["prune", "cnn", "--widths", HUGE],
+    ["prune", "--draws", HUGE],
     ["graphs", "--sizes", "8", "4", "4", "--parameters", HUGE, "--layers", "100000"],
 ]
 

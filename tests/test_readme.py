@@ -1,11 +1,11 @@
 """README's commands and examples run, one after the other in one folder."""
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
+
+from programs import Programs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,10 +17,8 @@ SMALLER = (
 
 
 def command(line: str) -> list[str]:
-    """Return what to run for a line of README."""
+    """Return the words of the command in a line of README."""
     program, *arguments = shlex.split(line, comments=True)
-    if program == "make":
-        return ["make", "--dry-run", "-C", str(ROOT), *arguments]  # the target and its recipe exist
     assert program == "gramian", line
     smaller = {
         "train": f"{SMALLER} --checkpoint-every 1",
@@ -31,31 +29,38 @@ def command(line: str) -> list[str]:
         "reconstruct": "--steps 6 --size 32 --samples 4 --compare fbp",
         "prune": "--steps 4 --posterior-steps 2 --train-steps 4 --widths 8 --draws 50 --count 200",
     }.get(arguments[0], "")
-    return [sys.executable, "-m", "gramian", *arguments, *shlex.split(smaller)]
+    return [*arguments, *shlex.split(smaller)]
 
 
-def test_commands_and_programs(tmp_path: Path) -> None:
+def test_commands_and_programs(tmp_path: Path, programs: Programs) -> None:
     (tmp_path / "my_code").mkdir()
     for number in range(4):
         (tmp_path / "my_code" / f"{number}.py").write_text(
             f"def f{number}(x):\n    return x + {number}\n" * 40
         )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     ran = {"sh": 0, "python": 0}
     for kind, body in BLOCKS:
         if kind not in ran:
             continue
-        programs = [[sys.executable, "-W", "ignore", "-c", body]]
+        runs = [["text", body]]
         if kind == "sh":
-            programs = [command(line) for line in body.splitlines() if line.strip()]
-        for program in programs:
-            done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            lines = [line for line in body.splitlines() if line and not line.startswith("make ")]
+            runs = [["command", *command(line)] for line in lines]
+        for words in runs:
+            done = programs.run(tmp_path, *words, warned="ignore")
             # with two steps a claim need not hold; that it was tested is what counts here
-            tested = "verify" in program and "the claim does not hold here" in done.stderr
-            assert done.returncode == 0 or tested, f"{program}\n{done.stdout}\n{done.stderr}"
+            tested = "verify" in words and "the claim does not hold here" in done.stderr
+            assert done.code == 0 or tested, f"{words}\n{done.stdout}\n{done.stderr}"
             ran[kind] += 1
     assert ran["sh"] >= 5
     assert ran["python"] >= 2
+
+
+def test_targets_of_make_have_recipes() -> None:
+    lines = "".join(body for kind, body in BLOCKS if kind == "sh").splitlines()
+    targets = [line.split()[1] for line in lines if line.startswith("make ")]
+    assert {"demo", "test"} <= set(targets)
+    subprocess.run(["make", "--dry-run", "-C", str(ROOT), *targets], check=True, capture_output=True)
 
 
 def test_links_and_pictures_exist() -> None:

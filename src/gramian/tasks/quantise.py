@@ -1,6 +1,7 @@
 """What smaller numbers do to a language model: loss, size and speed in each scheme, and layer by layer."""
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -239,7 +240,8 @@ def head_of(model: Any) -> str:
 
 
 def _calibration(config: QuantiseConfig, opened: LanguageModel, documents: Sequence[Document]) -> Batches:
-    batches = list(islice(config.data.batches(opened, documents), config.calibration_batches))
+    most = min(config.calibration_batches, sys.maxsize)
+    batches = list(islice(config.data.batches(opened, documents), most))
     if len(batches) < (least := min(config.calibration_batches, LEAST_CALIBRATION)):
         raise InputError(
             f"half of the text gives only {len(batches)} calibration batches of {config.data.batch} "
