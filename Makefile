@@ -6,7 +6,7 @@ TEXT ?=
 # Tests start many processes: Python keeps what it has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all lint bench crashes fuzz audit browser clean
+.PHONY: demo test test-all lint bench crashes fuzz audit advisories browser clean
 
 demo: .venv/installed-user
 	$(BIN)/gramian compare --name demo --overwrite
@@ -48,6 +48,10 @@ fuzz: .venv/installed-dev
 audit: .venv/installed-dev .audit/installed
 	$(BIN)/python -m pip list --format=freeze --exclude-editable | sed 's/+[A-Za-z0-9.]*$$//' > .audit/packages.txt
 	.audit/bin/pip-audit --strict --disable-pip --no-deps --requirement .audit/packages.txt
+
+# The same of those that are the newest of their kind, which a mirror of PyPI tells too.
+advisories: .venv/installed-dev
+	$(BIN)/python tests/advisories.py
 
 .audit/installed:
 	$(PYTHON) -m venv .audit
