@@ -105,6 +105,7 @@ def main() -> None:
         doubt=Doubt(warmup=given.warmup, prior_precision=given.prior_precision),
         ensembles=not given.single,
         around=tuple(given.around),
+        classical=(*FieldStudy.classical, "anisotropic_tv"),
         seeds=tuple(given.seeds),
     )
     measurements = scans(given.data, given.pattern, given.size, given.views, given.slices)

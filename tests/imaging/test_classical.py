@@ -20,7 +20,7 @@ from imaging.dense import Dense, error, generator, noisy
 
 F64 = torch.float64
 ITERATIVE = {name: method for name, method in METHODS.items() if name != "fbp"}
-WITH_WEIGHT = {"fista_tv", "pdhg_tv"}
+WITH_WEIGHT = {"fista_tv", "anisotropic_tv", "pdhg_tv"}
 
 
 def settings(name: str) -> dict[str, float]:

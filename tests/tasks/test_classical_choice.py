@@ -15,7 +15,7 @@ from gramian.tasks.observed_views import Observed
 from tasks.small_scans import phantom_scan, seen
 
 ITERATED = tuple(MOST)
-VARIED = ("fista_tv", "pdhg_tv")
+VARIED = ("fista_tv", "anisotropic_tv", "pdhg_tv")
 SEEK, FINAL = 20, 30
 
 

@@ -91,6 +91,7 @@ def test_another_theory_does_not_fit() -> None:
     assert (measured - torch.tensor(other.theory.gradient).log()).abs().max() > 1
 
 
+@pytest.mark.slow
 def test_a_thousand_layers() -> None:
     prediction = predict(PredictConfig(name="residual", depth=1000, gains="uniform", networks=0))
     moments = prediction.theory.second_moment

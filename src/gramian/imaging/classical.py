@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ METHODS: dict[str, Method] = {
     "cgls": cgls,
     "em": em,
     "fista_tv": fista_tv,
+    "anisotropic_tv": partial(fista_tv, isotropic=False),
     "pdhg_tv": pdhg_tv,
 }
-"""All classical methods."""
+"""All classical methods; FISTA with either total variation."""
 
 
 @dataclass(frozen=True)

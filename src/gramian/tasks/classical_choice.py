@@ -29,6 +29,7 @@ FIXED: dict[str, dict[str, Any]] = {
     "sirt": {"box": NON_NEGATIVE},
     "sart": {"relaxation": 0.5, "box": NON_NEGATIVE},
     "fista_tv": {"box": UNIT},
+    "anisotropic_tv": {"box": UNIT},
     "pdhg_tv": {"box": UNIT},
 }
 """Settings that nothing chooses; images are in units of their peak."""

@@ -40,7 +40,8 @@ class ReconstructConfig:
 
     source: Source = field(default_factory=Source)
     method: str = "field"
-    """field, pixels, or a classical method: fbp, sirt, sart, cgls, em, fista_tv or pdhg_tv."""
+    """field, pixels, or a classical method: fbp, sirt, sart, cgls, em, fista_tv, anisotropic_tv or
+    pdhg_tv."""
     compare: tuple[str, ...] = ("fbp", "sirt", "fista_tv")
     """Classical methods whose images are shown beside it."""
     network: Network = field(default_factory=Network)
