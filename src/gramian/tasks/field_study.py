@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
@@ -94,27 +95,32 @@ def study(scans: Sequence[Scan], config: FieldStudy, folder: Path, console: Cons
         for seed in config.seeds:
             observed = observe(scan, held_out=config.held_out, seed=seed, device=config.fit.place)
             place = folder / f"scan-{number}-seed-{seed}"
-            beside = _without_draws(observed, config, place) if seed == config.seeds[0] else ()
-            for row in (*beside, *_fields(observed, seed, config, place)):
+            variation = chosen_variation(observed)
+            first_seed = seed == config.seeds[0]
+            beside = _without_draws(observed, variation, config, place) if first_seed else ()
+            for row in chain(beside, _fields(observed, variation, seed, config, place)):
                 rows.append(row)
                 console.print(f"{row.scan}, seed {seed}: {row.text()}", highlight=False, markup=False)
     return rows
 
 
-def _without_draws(observed: Observed, config: FieldStudy, folder: Path) -> Iterator[Row]:
+def _without_draws(
+    observed: Observed, variation: float | None, config: FieldStudy, folder: Path
+) -> Iterator[Row]:
     for name in config.classical:
         found = reconstruct(name, observed)
         yield _of_image(name, found.image, observed, found.seconds)
     settings = replace(config.fit, steps=PIXEL_STEPS * config.fit.steps, seed=config.seeds[0])
-    job = Job(pixels=True, fit=settings).weighed(chosen_variation(observed))
+    job = Job(pixels=True, fit=settings).weighed(variation)
     judged, grid = _fitted(job, observed, folder / "pixels", Console(quiet=True))
     seconds = judged.seconds + grid.seconds
     yield _of_image("pixels + TV", grid.members(1)[0].detach(), observed, seconds)
 
 
-def _fields(observed: Observed, seed: int, config: FieldStudy, folder: Path) -> Iterator[Row]:
+def _fields(
+    observed: Observed, variation: float | None, seed: int, config: FieldStudy, folder: Path
+) -> Iterator[Row]:
     settings, console = replace(config.fit, seed=seed), Console(quiet=True)
-    variation = chosen_variation(observed)
     for masks in (False, True):
         members = config.doubt.members if config.ensembles else 1
         job = Job(members=members, dropout=masks, network=config.network, fit=settings)
