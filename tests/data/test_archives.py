@@ -67,6 +67,15 @@ def test_bombs_are_refused_before_they_go_off(tmp_path: Path) -> None:
         read_npz(path, ["x"])
 
 
+def test_entries_that_numpy_does_not_pack_are_refused(tmp_path: Path) -> None:
+    """A header of LZMA may ask for 4 GB before a byte is unpacked."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", compression=zipfile.ZIP_LZMA) as file:
+        file.writestr("x.npy", entry("(1,)", "|u1", b"1"))
+    with pytest.raises(InputError, match=r"x\.npy is compressed in a way that NumPy does not use"):
+        read_npz(tmp_path / "a.npz", ["x"])
+    assert read_npz(tmp_path / "a.npz", ()) == ({}, ["x"])
+
+
 def test_names_out_of_the_folder_and_repeated_ones(tmp_path: Path) -> None:
     stream = io.BytesIO()
     np.save(stream, np.array([1, 2]))

@@ -193,9 +193,11 @@ def test_parquet_rows_are_documents(tmp_path: Path) -> None:
         texts_of(path)
     with pytest.raises(InputError, match="row 1: column 'n' must hold Unicode text"):
         texts_of(path, column="n")
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match="cannot be read as parquet"):
-        texts_of(path, column="body")
+    whole = path.read_bytes()
+    for damaged in (whole[:-20], whole.replace(b"body", b"b\xffdy")):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="cannot be read as parquet"):
+            texts_of(path, column="body")
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

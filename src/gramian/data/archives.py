@@ -11,6 +11,8 @@ import numpy as np
 from gramian.errors import InputError
 from gramian.reading import check_regular, check_unpacked
 
+PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""How entries may be compressed: LZMA allocates what a header asks for, up to 4 GB."""
 EMPTY = 2**20
 """Product of the axes of an array without content, those of length 0 left out."""
 
@@ -30,6 +32,8 @@ def read_npz(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray]
             found = {name: entries[f"{name}.npy"] for name in wanted if f"{name}.npy" in entries}
             check_unpacked(path, sum(info.file_size for info in found.values()))
             for info in found.values():
+                if info.compress_type not in PACKED:
+                    raise ValueError(f"{info.filename} is compressed in a way that NumPy does not use")
                 with archive.open(info) as stream:
                     _check_header(stream, info.file_size)
             arrays = {}

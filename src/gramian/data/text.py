@@ -247,7 +247,7 @@ def _parquet(path: Path, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 for value in batch.column(column).to_pylist():
                     number += 1
                     yield f"row {number}", {column: value}
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as parquet: {error}") from error
 
 

@@ -1,6 +1,5 @@
 """Examples to prune by: images or tables with a class, raw, a part held out, standardised by chosen ones."""
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from gramian.data.archives import read_npz
 from gramian.data.cells import CLASSES
 from gramian.data.images import Labelled, read_images
 from gramian.data.tables import Standardiser, load_table
@@ -164,14 +164,10 @@ def _of_images(images: Float[Tensor, "k c h w"]) -> Standardiser:
 def _is_table(path: Path | None) -> bool:
     """Tell whether a file is a table by its name, and a .npz by what it holds."""
     suffix = "" if path is None else Path(path).suffix.lower()
-    if path is None or suffix != ".npz":
+    if path is None or suffix != ".npz" or not Path(path).is_file():
         return suffix in (".csv", ".tsv", ".parquet")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            held = {name.removesuffix(".npy") for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile):
-        return False  # what reads images says what is wrong
-    if not held & {"X", "images"}:
+    _, held = read_npz(Path(path), ())
+    if not {"X", "images"} & set(held):
         what = ", ".join(sorted(held)) or "nothing"
         raise InputError(f"{path} needs the arrays images and labels, or X and y; it holds {what}")
     return "images" not in held
