@@ -16,6 +16,7 @@ from gramian.imaging.geometry import ParallelBeam, evenly
 from gramian.imaging.radon import Projector
 from gramian.imaging.unseen_views import (
     LARGEST,
+    SpreadFactor,
     ViewCheck,
     check_views,
     conformal_bands,
@@ -175,6 +176,21 @@ def test_the_factor_of_pure_waves_is_that_of_their_weighted_energies() -> None:
 
     assert squares.numel() == 16
     assert found.gain == pytest.approx(likelihood(found.factor) - likelihood(1.0), rel=1e-9, abs=1e-12)
+
+
+def test_one_view_that_stands_out_does_not_decide() -> None:
+    samples = torch.stack([waves(2), -waves(2)])[:, None].expand(2, 5, 16)
+
+    def factor(*amplitudes: float) -> SpreadFactor:
+        errors = torch.tensor(amplitudes, dtype=F64)[:, None] * waves(2)
+        return spread_factor(ViewCheck(Predictive.from_samples(samples, 1e-9), errors))
+
+    usual = factor(2, 2.1, 1.9, 2.2, 1.8)
+    assert factor(2, 2.1, 1.9, 90, 1.8).factor == pytest.approx(usual.factor, rel=1e-6)
+    assert factor(2, 2.1, 1.9, 2.2, 0).factor == pytest.approx(usual.factor, rel=1e-6)
+    assert factor(2, 2.1, 90, 90, 90).factor > 10 * usual.factor  # control: most of them do
+    assert usual.factor == pytest.approx(2 / math.sqrt(3), rel=1e-6)  # 2² of (1 + 1/2) 2
+    assert usual.error == pytest.approx(1.2533 / 0.6745 * 0.41 / 5**0.5 / (2 * 2) / math.sqrt(3), rel=1e-3)
 
 
 def blurred(images: Tensor, width: int) -> Tensor:

@@ -150,7 +150,7 @@ class SpreadFactor:
     factor: float
     """s: 1 where samples spread as they should, above it where they are too sure of themselves."""
     error: float
-    """Standard error of s, from leaving out one view after another; NaN with one view."""
+    """Standard error of s, from the median distance of views from their median; NaN with one view."""
     gain: float
     """Mean log likelihood of a ray at s above that at 1, in nats; below 0 where rays ask for less."""
     capped: bool
@@ -160,33 +160,34 @@ class SpreadFactor:
 def spread_factor(check: ViewCheck) -> SpreadFactor:
     """Return the factor on deviations from the mean with which samples err as much as their mean does.
 
-        s² = Σ |ω| (|F(y − A m)|² − E|F n|²) / ((1 + 1/K) Σ |ω| Var_k F(A x_k))
+        s² = median over views of Σ |ω| (|F(y − A m)|² − E|F n|²) / ((1 + 1/K) Σ |ω| Var_k F(A x_k))
 
     F is the Fourier transform of a view along its detectors, ω its frequency (a quarter of the first one for
-    the mean), n the noise and Var_k the variance over K samples; the sums are over views and frequencies, and
-    a negative s² becomes 0. Since views are slices of the image's Fourier transform, Σ |ω| |F A e|² over all
-    angles is the squared norm of an image e of errors, so that pixels are compared with pixels. A factor by
-    the likelihood of rays can miss that on either side: where deviations alternate from pixel to pixel and
-    errors do not, they cancel along rays, and it is too large.
+    the mean), n the noise and Var_k the variance over K samples; a negative s² becomes 0. Since views are
+    slices of the image's Fourier transform, Σ |ω| |F A e|² over all angles is the squared norm of an image e
+    of errors, so that pixels are compared with pixels. A factor by the likelihood of rays can miss that on
+    either side: where deviations alternate from pixel to pixel and errors do not, they cancel along rays, and
+    it is too large. The median is over few views of which one may stand out, along the straight edges of a
+    table, or by its noise.
 
     What the mean, the noise level and the projector get wrong counts as missing spread. The views that chose
     s cannot judge it; that takes others.
 
     Raises: InputError where the samples agree on every ray.
-    Holds: in expectation of both sums, for a perfect sampler s = 1, whatever K; what it says of pixels holds
-        for parallel beams with detectors as narrow as pixels, about so for fans, and between few views by
-        chance alone.
+    Holds: in expectation of a view's sums, for a perfect sampler s = 1, whatever K, and the median of skewed
+        ones a little below; what it says of pixels holds for parallel beams with detectors as narrow as
+        pixels, about so for fans, and between few views by chance alone.
     """
     residuals, spread = _energies(check)
     if not spread.any():
         raise InputError("all samples foretell the same of the held-out views, so no factor spreads them")
-    views = range(len(residuals))
-    factor = _balanced(residuals, spread)
-    without = [_balanced(*(part[_others(v, views)] for part in (residuals, spread))) for v in views]
+    ratios = torch.where(spread > 0, residuals / spread, torch.where(residuals > 0, math.inf, 0.0))
+    square = max(_median(ratios), 0.0)
+    factor = min(math.sqrt(square), LARGEST)
     squares = (check.sinogram - check.prediction.mean).square()
     variance, noise = check.prediction.variance, check.prediction.aleatoric
     found, one = (_log_likelihood(s, squares, variance, noise) for s in (factor, 1.0))
-    return SpreadFactor(factor, _jackknife(without), (found - one) / squares.numel(), factor >= LARGEST)
+    return SpreadFactor(factor, _error(ratios, square), (found - one) / squares.numel(), factor >= LARGEST)
 
 
 @overload
@@ -310,29 +311,26 @@ def _energies(check: ViewCheck) -> tuple[Float[Tensor, " views"], Float[Tensor, 
     return energy(check.sinogram - prediction.mean) - noise, (1 + 1 / count) * spread
 
 
-def _balanced(residuals: Tensor, spread: Tensor) -> float:
-    """Give s of views."""
-    ratio = float(residuals.sum() / spread.sum()) if spread.any() else math.inf
-    return min(math.sqrt(max(ratio, 0.0)), LARGEST)
+def _median(values: Float[Tensor, " views"]) -> float:
+    """Give the median, of an even number the mean of the middle two."""
+    ordered = values.sort().values
+    return float(ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+
+
+def _error(ratios: Float[Tensor, " views"], square: float) -> float:
+    """Give the standard error of s by that of a median of Gaussian s², √(π/2)/Φ⁻¹(¾) MAD/√views."""
+    if len(ratios) < 2:
+        return math.nan
+    if not 0 < square < math.inf:
+        return 0.0
+    away = math.sqrt(math.pi / 2) / 0.6745 * _median((ratios - square).abs())
+    return away / math.sqrt(len(ratios)) / (2 * math.sqrt(square))
 
 
 def _log_likelihood(factor: float, squares: Tensor, spread: Tensor, noise: Tensor) -> float:
     """Give Σ ln N(y; A m, s² v + σ²), but for a constant."""
     total = factor**2 * spread + noise
     return -0.5 * float((total.log() + squares / total).sum())
-
-
-def _others(view: int, views: Sequence[int]) -> list[int]:
-    return [other for other in views if other != view]
-
-
-def _jackknife(estimates: Sequence[float]) -> float:
-    """Give the standard error of an estimate from those without one part each."""
-    count = len(estimates)
-    if count < 2:
-        return math.nan
-    mean = sum(estimates) / count
-    return math.sqrt((count - 1) / count * sum((one - mean) ** 2 for one in estimates))
 
 
 def _several(samples: Tensor) -> None:
