@@ -116,7 +116,7 @@ def _rows(path: Path, kind: str, column: str, wanted: list[str]) -> tuple[list[R
         with _open(path) as lines:
             if kind == ".csv":
                 return _table(path, lines, column, wanted)
-            fields = [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()]
+            fields = [(at, line.split(maxsplit=1)) for at, line in enumerate(lines, 1) if line.strip()]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as text: {error}") from error
     if fields and fields[0][1][0].lower() == "smiles":
