@@ -243,6 +243,13 @@ def test_bad_settings_are_named(folders, text, tmp_path) -> None:
             quantise(replace(good, **changes), console=QUIET)
 
 
+def test_calibration_takes_the_batches_that_there_are(folders, text) -> None:
+    config = config_of(folders["gpt2"], text, schemes=("static_linear",), layers=False)
+    found = quantise(replace(config, calibration_batches=10**20), console=QUIET)
+    plenty = quantise(replace(config, calibration_batches=1000), console=QUIET)
+    assert found.facts["calibrated on"] == plenty.facts["calibrated on"]
+
+
 def without_torchao(monkeypatch) -> None:
     plain = builtins.__import__
 
