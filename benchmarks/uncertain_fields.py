@@ -90,6 +90,7 @@ def main() -> None:
         "--around", nargs="*", default=["last_layer", "laplace", "variational"], choices=AROUND
     )
     parser.add_argument("--warmup", type=int, default=Doubt.warmup)
+    parser.add_argument("--max-depth", type=int, default=Doubt.max_depth)
     parser.add_argument("--prior-precision", type=float, default=Doubt.prior_precision)
     parser.add_argument("--pattern", default="test_*.npy", help="of the slices' names")
     parser.add_argument("--single", action="store_true", help="no ensembles")
@@ -102,7 +103,7 @@ def main() -> None:
     config = FieldStudy(
         network=Network(dropout=given.dropout),
         fit=Fit(steps=given.steps, finish=given.finish, device=given.device, variation=given.variation),
-        doubt=Doubt(warmup=given.warmup, prior_precision=given.prior_precision),
+        doubt=Doubt(warmup=given.warmup, max_depth=given.max_depth, prior_precision=given.prior_precision),
         ensembles=not given.single,
         around=tuple(given.around),
         classical=(*FieldStudy.classical, "anisotropic_tv"),

@@ -309,6 +309,37 @@ def test_the_mass_is_that_of_the_posterior() -> None:
     assert (plain.inverse_mass == 1).all()
 
 
+def test_known_variances_let_chains_cross_an_ill_conditioned_density() -> None:
+    scale = torch.logspace(-3, 0, 10, dtype=torch.float64)
+    config = dataclasses.replace(QUICK, warmup=50, samples=200, adapt_mass=False, max_depth=4, step_size=0.1)
+
+    def density(x: dict[str, Tensor]) -> Tensor:
+        return -0.5 * (torch.cat([x["a"], x["b"]]) / scale).square().sum()
+
+    start = around({"a": 0 * scale[:4], "b": 0 * scale[4:]}, 2)
+    variances = {"b": scale[4:].square(), "a": scale[:4].square()}
+    blind, knowing = (sample(density, start, config, inverse_mass=m) for m in (None, variances))
+    torch.testing.assert_close(knowing.inverse_mass, scale.square().expand(2, -1))
+    spread = knowing.draws.flatten(0, 1).std(0) / scale
+    assert ((spread > 0.8) & (spread < 1.2)).all()
+    widest = [float(chains.r_hat["b"].max()) for chains in (knowing, blind)]
+    assert widest[0] < 1.1 < 1.5 < widest[1]
+
+
+@pytest.mark.parametrize(
+    ("variances", "words"),
+    [
+        (torch.ones(3), "one variance for each unknown"),
+        ({"x": torch.ones(2)}, "one variance for each unknown"),
+        (torch.tensor([1.0, 0.0]), "above 0, not 0"),
+        (torch.tensor([1.0, math.nan]), "above 0, not nan"),
+    ],
+)
+def test_variances_that_cannot_be_used(variances, words) -> None:
+    with pytest.raises(InputError, match=words):
+        sample(lambda x: -x.square().sum(), torch.zeros(2, 2), QUICK, inverse_mass=variances)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -249,6 +249,7 @@ def test_help(capsys) -> None:
         (["--steps", "0"], "steps must be at least 1"),
         (["--variation", "-1"], "the weight of total variation has to be"),
         (["--held-out", "0.6"], "held_out is a share from 0 to below ½"),
+        (["--tails", "2"], "tails have more than 2 degrees of freedom, got 2"),
         (["--views", "4"], "needs at least 5 views, not 4"),
         (["--views", "0"], "views has to be from 1"),
         (["--beam", "cone"], "unknown beam 'cone'"),

@@ -158,3 +158,28 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(InputError, match=words):
             Energy(projector, y, std, variation)
+
+
+@pytest.mark.parametrize("beta", [0.0, 3.0])
+def test_squared_gradients_of_probes_are_the_curvature(beta: float) -> None:
+    projector, image, sinogram = problem()
+    std = 0.05 + torch.rand(sinogram.shape, generator=generator(), dtype=F64)
+    energy = Energy(projector, sinogram, std, beta)
+    scale = (
+        (1 + torch.arange(16, dtype=F64)).view(4, 4).requires_grad_()
+    )  # of pixels, as a network's parameters
+    chance, found = generator(7), torch.zeros(4, 4, dtype=F64)
+    for _ in range(4000):
+        (gradient,) = torch.autograd.grad(energy.probe(image * scale, chance), scale)
+        found += gradient.square() / 4000
+
+    def half(x: Tensor) -> Tensor:
+        """Give what the energy is half the squared norm of, with weights of roughness held."""
+        wide, held = (torch.nn.functional.pad(image * s, (1,) * 4) for s in (x, scale.detach()))
+        pairs = [(each.diff(dim=0)[:, :-1], each.diff(dim=1)[:-1]) for each in (wide, held)]
+        size = (pairs[1][0].square() + pairs[1][1].square() + (beta or 1) ** -2).sqrt()
+        rough = [(beta / size).sqrt() * each for each in pairs[0]]
+        return torch.cat([(projector.A(image * x) / std).flatten(), *(each.flatten() for each in rough)])
+
+    jacobian = torch.autograd.functional.jacobian(half, scale.detach())
+    torch.testing.assert_close(found, jacobian.square().sum(0), rtol=0.15, atol=1e-9)

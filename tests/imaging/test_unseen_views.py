@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t as student
 from torch import Tensor
 
 from gramian.bayes.linear_gaussian import GaussianPosterior, exact_posterior
@@ -283,6 +284,29 @@ def test_deviations_are_multiplied() -> None:
     torch.testing.assert_close(plain.total, torch.full((4, 4), 4.6, dtype=F64))
 
 
+@pytest.mark.parametrize("tails", [4.0, 5.0, 50.0])
+def test_gaussian_samples_are_given_the_tails_of_student(tails: float) -> None:
+    samples = 1 + normal(4000, 2, 5)
+    wide = rescaled(samples, 2.0, tails=tails)
+    torch.testing.assert_close(wide.mean(0), samples.mean(0))
+    scale = 2 * math.sqrt((tails - 2) / tails)
+    for level in (0.5, 0.95):
+        reach = scale * float(student(tails).ppf((1 + level) / 2))
+        inside = ((wide - wide.mean(0)).abs() <= reach).double().mean()
+        assert float(inside) == pytest.approx(level, abs=0.01)
+    assert torch.equal(wide, rescaled(samples, 2.0, tails=tails))
+    prediction = rescaled(Predictive.from_samples(samples, 0.1), 2.0, tails=tails)
+    assert prediction.samples is not None
+    torch.testing.assert_close(prediction.samples, wide)
+    torch.testing.assert_close(prediction.variance, wide.var(0))
+
+
+def test_tails_share_the_spread_out_differently_and_leave_it_as_it_is() -> None:
+    few = normal(400, 50, 3)
+    energies = rescaled(few.transpose(0, 1).reshape(50, -1, 1), 3.0, tails=4.0).var(0).mean()
+    assert float(energies) == pytest.approx(9 * float(few.var(1).mean()), rel=0.05)
+
+
 @given(st.integers(5, 300), st.floats(0.001, 0.499), st.integers(0, 5))
 def test_held_views_are_spread_over_all(views: int, share: float, seed: int) -> None:
     kept, held = hold_out(views, share, seed)
@@ -397,8 +421,11 @@ def test_pixels_without_spread() -> None:
         (lambda: rescaled(normal(1, 4, 4), 2.0), "at least 2 samples"),
         (
             lambda: rescaled(Predictive.gaussian(normal(4, 4), 1.0), 2.0, (0.0, 1.0)),
-            "cannot be kept in a box",
+            "has no box or tails",
         ),
+        (lambda: rescaled(Predictive.gaussian(normal(4, 4), 1.0), 2.0, tails=5.0), "has no box or tails"),
+        (lambda: rescaled(normal(3, 4, 4), 1.0, tails=2.0), "more than 2 degrees of freedom, not 2.0"),
+        (lambda: rescaled(normal(3, 4, 4), 1.0, tails=math.nan), "more than 2 degrees of freedom, not nan"),
         (lambda: conformal_bands(normal(3, 2), 1.0), "between 0 and 1, not 1.0"),
         (lambda: conformal_bands(normal(0, 2), 0.5), "at least one and none of them NaN"),
         (lambda: conformal_bands(torch.tensor([math.nan, 1.0]), 0.5), "none of them NaN"),

@@ -102,9 +102,12 @@ def test_what_was_fitted_is_said(made) -> None:
 
 def test_what_unseen_views_say_of_the_spread(made) -> None:
     found = replace(made, spread=SpreadFactor(1.25, 0.125, 0.1, False))
-    assert "deviations of samples should be 1.25 ± 0.12 times as large, and were made so." in said(found)
+    text = said(found)
+    assert "deviations of samples should be 1.25 ± 0.12 times as large, and were made so, in a t" in text
+    assert "in a t distribution of 4 degrees of freedom." in text
     kept = said(found, replace(CONFIG, recalibrate=False))
     assert "times as large, which was not applied (--no-recalibrate)." in kept
+    assert "and were made so." in said(found, replace(CONFIG, tails=math.inf))
     assert "±" not in said(replace(made, spread=SpreadFactor(1.2, math.nan, 0.1, False)))
     assert "no factor makes honest error bars" in said(replace(made, spread=SpreadFactor(100, 1.0, 9, True)))
     assert "ask for no spread at all" in said(replace(made, spread=SpreadFactor(0, 1.0, 9, False)))

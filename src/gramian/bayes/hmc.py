@@ -58,7 +58,7 @@ class HMCConfig:
     """Double or halve ε before the first transition and after every window."""
     target_acceptance: float = 0.8
     adapt_mass: bool = True
-    """Learn a diagonal mass; M = I otherwise."""
+    """Learn a diagonal mass; otherwise M stays as it is at the start."""
     temperature: float = 1.0
     """T: the chains sample from π^{1/T}."""
     vectorised: bool = True
@@ -112,6 +112,7 @@ def sample(
     start: Values,
     config: HMCConfig,
     *,
+    inverse_mass: Values | None = None,
     progress: Callable[[Progress], None] = lambda done: None,
     stop: Callable[[], bool] = lambda: False,
     resume: dict[str, Tensor] | None = None,
@@ -124,13 +125,16 @@ def sample(
     The unknowns are one tensor or a dict of tensors, as `start` holds them with a first axis of chains;
     log_density takes one chain's. Every chain has random numbers of its own, by its number, which counts from
     0 when `numbers` gives no other. In the warm-up, ε comes from dual averaging and M from windows
-    (`adaptation`). `stop` is asked before every gradient; when it says so, the transition that is under way
-    is forgotten, and the chains are returned as they are. Their `state`, given back as `resume` with the same
-    settings (`samples` may grow), goes on to what an uninterrupted run gives.
+    (`adaptation`). Before the first of these M⁻¹ is `inverse_mass`, or 1: posterior variances that are known
+    about let chains cross an ill-conditioned density from the start. `stop` is asked before every gradient;
+    when it says so, the transition that is under way is forgotten, and the chains are returned as they are.
+    Their `state`, given back as `resume` with the same settings (`samples` may grow), goes on to what an
+    uninterrupted run gives.
 
-    Shapes: start (chains, …); log_density (…) -> ().
+    Shapes: start (chains, …); log_density (…) -> (); inverse_mass (…).
     Raises: InputError for settings out of range, a start at which the density is not finite, a density that
-        is not one number, and a state of other settings or unknowns.
+        is not one number, variances that do not fit or are not above 0, and a state of other settings or
+        unknowns.
     Holds: leaves π^{1/T} invariant exactly, once warmed up.
     Source: Hoffman, Gelman 2014, arXiv 1111.4246; Betancourt 2017, arXiv 1701.02434.
     """
@@ -144,7 +148,7 @@ def sample(
     if len(set(numbers)) != len(positions):
         raise InputError(f"{len(positions)} chains need as many different numbers, got {list(numbers)}")
     if resume is None:
-        run = _started(density, positions, config, numbers)
+        run = _started(density, positions, config, numbers, _mass(inverse_mass, flat, positions[0]))
     else:
         run = _restored(resume, config, positions)
     while run.done < config.transitions:
@@ -186,7 +190,20 @@ class _Chain:
     variances: Variances
 
 
-def _started(density: LogDensity, positions: Tensor, config: HMCConfig, numbers: Sequence[int]) -> "_Run":
+def _mass(inverse_mass: Values | None, flat: Flat, like: Tensor) -> Float[Tensor, " dim"]:
+    if inverse_mass is None:
+        return torch.ones_like(like)
+    if Flat.of(inverse_mass) != flat:
+        raise InputError("inverse_mass has to hold one variance for each unknown, in tensors like a start's")
+    packed = flat.pack(inverse_mass).detach().to(like)
+    if not ((packed > 0) & packed.isfinite()).all():
+        raise InputError(f"variances in inverse_mass have to be above 0, not {float(packed.min()):.3g}")
+    return packed
+
+
+def _started(
+    density: LogDensity, positions: Tensor, config: HMCConfig, numbers: Sequence[int], inverse_mass: Tensor
+) -> "_Run":
     chains = []
     for number, here, (value, gradient) in zip(numbers, positions, density(list(positions)), strict=True):
         if not math.isfinite(value) or not gradient.isfinite().all():
@@ -199,7 +216,7 @@ def _started(density: LogDensity, positions: Tensor, config: HMCConfig, numbers:
         point = Point(here, torch.zeros_like(here), value, gradient)
         averaging = DualAveraging.around(config.step_size)
         none = Variances.none(here)
-        chains.append(_Chain(generator, point, config.step_size, averaging, torch.ones_like(here), none))
+        chains.append(_Chain(generator, point, config.step_size, averaging, inverse_mass, none))
     return _Run(config, chains, [0] * len(chains))
 
 

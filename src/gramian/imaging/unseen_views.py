@@ -14,6 +14,7 @@ from typing import overload
 
 import torch
 from jaxtyping import Float
+from scipy.special import gammaincinv
 from torch import Tensor
 
 from gramian.core.calibration import coverage, negative_log_likelihood, randomised_coverage
@@ -191,35 +192,43 @@ def spread_factor(check: ViewCheck) -> SpreadFactor:
 
 
 @overload
-def rescaled(given: Tensor, factor: float, box: Box = FREE) -> Tensor: ...
+def rescaled(given: Tensor, factor: float, box: Box = FREE, tails: float = math.inf) -> Tensor: ...
 @overload
-def rescaled(given: Predictive, factor: float, box: Box = FREE) -> Predictive: ...
-def rescaled(given: Tensor | Predictive, factor: float, box: Box = FREE) -> Tensor | Predictive:
+def rescaled(given: Predictive, factor: float, box: Box = FREE, tails: float = math.inf) -> Predictive: ...
+def rescaled(
+    given: Tensor | Predictive, factor: float, box: Box = FREE, tails: float = math.inf
+) -> Tensor | Predictive:
     """Return samples, or a prediction, with all deviations from the mean multiplied.
 
-        x_k' = m + s (x_k − m), then within the box;   variance' = s² variance without a box
+        x_k' = m + s (w_k d_k − Σ_j w_j d_j / K),  d_k = x_k − m,  then within the box
+        w_k² = quantiles of ν/χ²_ν at (k − ½)/K over their mean, in an order drawn once;  1 for ν = ∞
 
-    The noise of a prediction stays as it is. The box moves the mean where it cuts samples off, and with it
-    samples spread less than by s.
+    s sets how much samples err in all, ν how that is shared: with Gaussian d_k, x' follows Student's t with ν
+    degrees of freedom, as errors do whose scale varies from place to place by more than the samples know.
+    The noise of a prediction stays as it is, and one without samples has no tails to change. The box moves
+    the mean where it cuts samples off, and with it samples spread less than by s.
 
     Shapes: samples (members, *size) -> (members, *size).
-    Raises: InputError for a factor that is negative or not finite, fewer samples than two, and a box for a
-        prediction without samples.
-    Holds: exactly.
+    Raises: InputError for a factor that is negative or not finite, degrees of freedom of 2 or less, fewer
+        samples than two, and a box or tails for a prediction without samples.
+    Holds: the mean exactly, without a box; variance' = s² variance exactly for ν = ∞, else in expectation
+        over the order.
     """
     if not 0 <= factor < math.inf:
         raise InputError(f"deviations are multiplied by a finite number of at least 0, not {factor}")
+    if not tails > 2:
+        raise InputError(f"tails of finite variance have more than 2 degrees of freedom, not {tails}")
     if isinstance(given, Tensor):
         _several(given)
-        mean = given.mean(0)
-        return clamped(mean + factor * (given - mean), box)
-    samples = given.samples
-    moved = None if samples is None else given.mean + factor * (samples - given.mean)
-    if box == FREE:
+        return clamped(_spread(given, given.mean(0), factor, tails), box)
+    if given.samples is None:
+        if box != FREE or tails < math.inf:
+            raise InputError("a prediction without samples has no box or tails; give samples, or neither")
+        return Predictive(given.mean, factor**2 * given.variance, given.noise)
+    moved = clamped(_spread(given.samples, given.mean, factor, tails), box)
+    if box == FREE and tails == math.inf:
         return Predictive(given.mean, factor**2 * given.variance, given.noise, moved)
-    if moved is None:
-        raise InputError("a prediction without samples cannot be kept in a box; give samples, or no box")
-    return Predictive.from_samples(clamped(moved, box), given.noise)
+    return Predictive.from_samples(moved, given.noise)
 
 
 def conformal_bands(scores: Float[Tensor, " groups *entries"], level: float) -> float:
@@ -325,6 +334,23 @@ def _error(ratios: Float[Tensor, " views"], square: float) -> float:
         return 0.0
     away = math.sqrt(math.pi / 2) / 0.6745 * _median((ratios - square).abs())
     return away / math.sqrt(len(ratios)) / (2 * math.sqrt(square))
+
+
+def _spread(samples: Tensor, mean: Tensor, factor: float, tails: float) -> Tensor:
+    """Give samples with deviations s times as large, mixed over scales to tails of a t distribution."""
+    deviations = samples - mean
+    if tails < math.inf:
+        deviations = deviations * _scales(len(samples), tails).to(samples).view(-1, *[1] * mean.ndim)
+        deviations = deviations - deviations.mean(0)
+    return mean + factor * deviations
+
+
+def _scales(count: int, tails: float) -> Float[Tensor, " count"]:
+    """Give w, of mean square 1."""
+    levels = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    squares = 1 / torch.from_numpy(gammaincinv(tails / 2, levels.numpy()))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return (squares / squares.mean()).sqrt()[order]
 
 
 def _log_likelihood(factor: float, squares: Tensor, spread: Tensor, noise: Tensor) -> float:

@@ -41,6 +41,8 @@ class FieldStudy:
     held_out: float = 0.1
     """Share of the views that are unseen at first: they end fits, choose the settings of classical methods
     and the factor on the spread of samples; then they are given back."""
+    tails: float = 4.0
+    """Degrees of freedom of samples that are spread; inf leaves their own tails."""
     seeds: tuple[int, ...] = (0, 1)
 
     def check(self) -> None:
@@ -176,7 +178,7 @@ def _drawn(
     )
     factor = spread_factor(check_views(judged.samples, unseen.projector, unseen.sinogram, unseen.std)).factor
     raw = last.samples.cpu()
-    laws = [Predictive.from_samples(each) for each in (raw, rescaled(raw, factor, UNIT))]
+    laws = [Predictive.from_samples(each) for each in (raw, rescaled(raw, factor, UNIT, config.tails))]
     image = image_scores(laws[1].mean, truth)
     return Row(
         name,

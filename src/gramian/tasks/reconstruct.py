@@ -54,6 +54,9 @@ class ReconstructConfig:
     """Leave pixels empty that several views see through."""
     recalibrate: bool = True
     """Multiply the spread of samples by what the unseen views ask for."""
+    tails: float = 4.0
+    """Degrees of freedom of the t distribution that these samples are given, since errors have heavier tails
+    than they; inf leaves their own."""
     runs: Path = Path("runs")
     """Folder of run folders."""
     name: str = "reconstruct"
@@ -78,6 +81,8 @@ class ReconstructConfig:
             raise InputError(f"every method is compared once, got {' '.join(self.compare)}")
         if not 0 <= self.held_out < 0.5:
             raise InputError(f"held_out is a share from 0 to below ½, got {self.held_out:g}")
+        if not self.tails > 2:
+            raise InputError(f"tails have more than 2 degrees of freedom, got {self.tails:g}")
 
     @property
     def job(self) -> Job:
@@ -255,8 +260,10 @@ def _fitted(
     drawn = draw(fitted, seen, config.doubt, console)
     image, prediction = drawn.samples[0], None
     if len(drawn.samples) > 1:
-        factor = spread.factor if spread is not None and config.recalibrate else 1.0
-        prediction = Predictive.from_samples(rescaled(drawn.samples, factor, UNIT))
+        samples = drawn.samples
+        if spread is not None and config.recalibrate:
+            samples = rescaled(samples, spread.factor, UNIT, config.tails)
+        prediction = Predictive.from_samples(samples)
         image = prediction.mean
     return Reconstruction(
         observed, image, prediction, beside, fitted, drawn, check, spread, folder, before=before

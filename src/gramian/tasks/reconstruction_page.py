@@ -184,7 +184,7 @@ def _coverages(found: Reconstruction, config: ReconstructConfig) -> dict[str, li
     if found.check is not None and found.spread is not None:
         checks = {"rays, as drawn": found.check}
         if config.recalibrate:
-            spread = rescaled(found.check.prediction, found.spread.factor)
+            spread = rescaled(found.check.prediction, found.spread.factor, tails=config.tails)
             checks["rays, spread"] = ViewCheck(spread, found.check.sinogram)
         for name, check in checks.items():
             generator = torch.Generator().manual_seed(config.fit.seed)

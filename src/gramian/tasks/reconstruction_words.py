@@ -176,7 +176,10 @@ def _spread(found: Reconstruction, check: ViewCheck, config: ReconstructConfig) 
         f"ray, where honest error bars have 1: deviations of samples should be {number(factor, 3)}"
         f"{'' if math.isnan(error) else f' ± {number(error, 2)}'} times as large, "
     )
-    return said + ("and were made so." if config.recalibrate else "which was not applied (--no-recalibrate).")
+    if not config.recalibrate:
+        return said + "which was not applied (--no-recalibrate)."
+    tails = f", in a t distribution of {config.tails:g} degrees of freedom" if config.tails < math.inf else ""
+    return said + f"and were made so{tails}."
 
 
 def _honesty(found: Reconstruction) -> list[str]:
