@@ -20,6 +20,7 @@ from rich.console import Console
 from side_by_side import write_results
 
 from gramian.imaging.geometry import ParallelBeam, evenly, padded
+from gramian.imaging.unseen_views import TAILS
 from gramian.tasks.field_fits import Fit, Network
 from gramian.tasks.field_study import AROUND, FieldStudy, Row, study
 from gramian.tasks.image_doubt import Doubt
@@ -36,6 +37,10 @@ def scans(folder: Path, pattern: str, size: int, views: int, count: int) -> list
         name = f"slice {number}"
         found.append(Scan(name, beam, sinogram, std, f"{DECIBEL:g} dB", 1.0, "", truth, None, ()))
     return found
+
+
+def tails(text: str) -> float | None:
+    return None if text == "none" else float(text)
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -91,6 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--warmup", type=int, default=Doubt.warmup)
     parser.add_argument("--max-depth", type=int, default=Doubt.max_depth)
+    parser.add_argument("--tails", type=tails, default=TAILS, help="of spread samples; none leaves their own")
     parser.add_argument("--prior-precision", type=float, default=Doubt.prior_precision)
     parser.add_argument("--pattern", default="test_*.npy", help="of the slices' names")
     parser.add_argument("--single", action="store_true", help="no ensembles")
@@ -107,17 +113,20 @@ def main() -> None:
         ensembles=not given.single,
         around=tuple(given.around),
         classical=(*FieldStudy.classical, "anisotropic_tv"),
+        tails=given.tails,
         seeds=tuple(given.seeds),
     )
     measurements = scans(given.data, given.pattern, given.size, given.views, given.slices)
     rows = study(measurements, config, given.runs / f"{given.size}-{given.views}", Console(soft_wrap=True))
     count = f"{given.slices} slices {given.pattern}, seeds {', '.join(map(str, given.seeds))}"
+    law = "no t distribution" if given.tails is None else f"a t distribution of {given.tails:g} degrees"
     weight = "as unseen views choose" if given.variation is None else f"{given.variation:g}"
     head = [
         f"{given.size} × {given.size} pixels, {given.views} views, noise of {DECIBEL:g} dB, {count}: mean ± "
         f"standard deviation over both. Fields: hash grids, {given.steps} steps and {given.finish:g} as many "
         f"with all views, total variation {weight}, dropout {given.dropout:g}; {Doubt.samples} "
-        "samples where they are drawn. Seconds are of fit and samples, of one field a fifth of five's.",
+        f"samples where they are drawn, in {law} once they are spread. Seconds are of fit and samples, "
+        "of one field a fifth of five's.",
         "",
         "Errors of calibration are means over levels 0 to .95: honest is by ranks where truth or a sample is "
         "above 0, as drawn and with the spread that unseen views ask for; closed is that of closed "

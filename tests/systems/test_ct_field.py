@@ -137,6 +137,8 @@ def test_settings_as_asked(tmp_path: Path) -> None:
         paper("mnist")
     with pytest.raises(InputError, match="the published settings need slices"):
         given(paper(), runs=tmp_path, scans=(), steps=None, seeds=())
+    with pytest.raises(InputError, match="more than 2 degrees of freedom, not 1"):
+        FieldStudy(tails=1.0).check()
     with pytest.raises(InputError, match="need two of either"):
         given(paper(), runs=tmp_path, scans=slices[:1], steps=None, seeds=(0,))
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gramian.bayes.chains import Chains
 from gramian.bayes.flat import Call
+from gramian.bayes.hmc import sample
 from gramian.errors import InputError, StoppedError
 from gramian.imaging.quality import psnr
 from gramian.tasks import image_doubt
@@ -124,6 +126,37 @@ def test_chains_around_a_grid_of_pixels_find_its_posterior(fits: dict[str, Fitte
     assert 0.7 < float(kept.misfit(mean)) < 1.8
     first, second = found.samples.split(12)  # the two chains are two
     assert not torch.equal(first, second)
+
+
+def test_chains_start_with_the_mass_of_the_curvature(
+    fits: dict[str, Fitted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Tensor]] = []
+
+    def watched(*arguments: object, inverse_mass: dict[str, Tensor], **more: object) -> Chains:
+        given.append(inverse_mass)
+        return sample(*arguments, inverse_mass=inverse_mass, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(image_doubt, "sample", watched)
+    drawn(fits, "hmc", True, prior_precision=4.0)
+    (variances,) = given[0].values()
+    inside = seen(**SCAN).inside
+    assert inside is not None
+    assert (variances[~inside] == 0.25).all()  # which no ray tells of: the prior's
+    assert ((variances[inside] > 0) & (variances[inside] <= 0.25)).all()
+
+
+def test_the_mass_is_the_diagonal_of_the_precision(fits: dict[str, Fitted]) -> None:
+    picture, rays = fits["pixels"].members.picture(), seen(**SCAN).kept
+    config = doubt("hmc", prior_precision=4.0)
+    (variances,) = image_doubt._variances(picture, rays.energy(), config, seed=3).values()
+    image = picture().detach()
+    columns = rays.projector.A(torch.eye(image.numel()).view(-1, *image.shape)) / rays.std
+    exact = 4 + (image * (1 - image)).square() * columns.square().sum((1, 2)).view_as(image)
+    ratio = (1 / (variances * exact))[exact > 4.001]
+    assert len(ratio) > 50
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.06)
+    assert 0.1 < float(ratio.std()) < 0.25  # 64 probes know it to 18 %
 
 
 def test_few_draws_have_no_convergence(fits: dict[str, Fitted]) -> None:

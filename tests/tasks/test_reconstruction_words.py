@@ -107,7 +107,7 @@ def test_what_unseen_views_say_of_the_spread(made) -> None:
     assert "in a t distribution of 4 degrees of freedom." in text
     kept = said(found, replace(CONFIG, recalibrate=False))
     assert "times as large, which was not applied (--no-recalibrate)." in kept
-    assert "and were made so." in said(found, replace(CONFIG, tails=math.inf))
+    assert "and were made so." in said(found, replace(CONFIG, tails=None))
     assert "±" not in said(replace(made, spread=SpreadFactor(1.2, math.nan, 0.1, False)))
     assert "no factor makes honest error bars" in said(replace(made, spread=SpreadFactor(100, 1.0, 9, True)))
     assert "ask for no spread at all" in said(replace(made, spread=SpreadFactor(0, 1.0, 9, False)))

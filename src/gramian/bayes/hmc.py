@@ -128,8 +128,8 @@ def sample(
     (`adaptation`). Before the first of these M⁻¹ is `inverse_mass`, or 1: posterior variances that are known
     about let chains cross an ill-conditioned density from the start. `stop` is asked before every gradient;
     when it says so, the transition that is under way is forgotten, and the chains are returned as they are.
-    Their `state`, given back as `resume` with the same settings (`samples` may grow), goes on to what an
-    uninterrupted run gives.
+    Their `state`, given back as `resume` with the same settings (`samples` may grow), goes on with its own
+    mass to what an uninterrupted run gives.
 
     Shapes: start (chains, …); log_density (…) -> (); inverse_mass (…).
     Raises: InputError for settings out of range, a start at which the density is not finite, a density that

@@ -67,7 +67,9 @@ class Energy:
         of the Gauss–Newton matrix. Roughness is that of differences of about 1/β, which its prior expects: at
         an image without any it is far stiffer than around it.
 
-        Holds: exactly, in expectation, for the misfit.
+        Shapes: image (n, n) -> ().
+        Holds: exactly, in expectation, for the misfit; for the roughness with its weights as they are held.
+        Source: Martens, Sutskever, Swersky 2012, arXiv 1206.6464 (diagonals of curvature by random vectors).
         """
 
         def noise(like: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ FEWEST_VIEWS = 5
 """Fewest views of which two can be held out and most kept."""
 LARGEST = 100.0
 """The largest factor: samples that need more differ by chance or rounding."""
+TAILS = 4.0
+"""Degrees of freedom of spread samples, chosen on four reconstructions of validation slices of CT."""
 
 
 def hold_out(views: int, share: float = 0.1, seed: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -191,17 +193,26 @@ def spread_factor(check: ViewCheck) -> SpreadFactor:
     return SpreadFactor(factor, _error(ratios, square), (found - one) / squares.numel(), factor >= LARGEST)
 
 
+def check_tails(tails: float | None) -> None:
+    """Raise InputError for degrees of freedom at which a t distribution has no finite variance.
+
+    Holds: exactly.
+    """
+    if tails is not None and not 2 < tails < math.inf:
+        raise InputError(f"tails have a finite number of more than 2 degrees of freedom, not {tails:g}")
+
+
 @overload
-def rescaled(given: Tensor, factor: float, box: Box = FREE, tails: float = math.inf) -> Tensor: ...
+def rescaled(given: Tensor, factor: float, box: Box = FREE, tails: float | None = None) -> Tensor: ...
 @overload
-def rescaled(given: Predictive, factor: float, box: Box = FREE, tails: float = math.inf) -> Predictive: ...
+def rescaled(given: Predictive, factor: float, box: Box = FREE, tails: float | None = None) -> Predictive: ...
 def rescaled(
-    given: Tensor | Predictive, factor: float, box: Box = FREE, tails: float = math.inf
+    given: Tensor | Predictive, factor: float, box: Box = FREE, tails: float | None = None
 ) -> Tensor | Predictive:
     """Return samples, or a prediction, with all deviations from the mean multiplied.
 
         x_k' = m + s (w_k d_k − Σ_j w_j d_j / K),  d_k = x_k − m,  then within the box
-        w_k² = quantiles of ν/χ²_ν at (k − ½)/K over their mean, in an order drawn once;  1 for ν = ∞
+        w_k² = quantiles of ν/χ²_ν at (k − ½)/K over their mean, in an order drawn once;  1 without tails ν
 
     s sets how much samples err in all, ν how that is shared: with Gaussian d_k, x' follows Student's t with ν
     degrees of freedom, as errors do whose scale varies from place to place by more than the samples know.
@@ -209,24 +220,25 @@ def rescaled(
     the mean where it cuts samples off, and with it samples spread less than by s.
 
     Shapes: samples (members, *size) -> (members, *size).
-    Raises: InputError for a factor that is negative or not finite, degrees of freedom of 2 or less, fewer
-        samples than two, and a box or tails for a prediction without samples.
-    Holds: the mean exactly, without a box; variance' = s² variance exactly for ν = ∞, else in expectation
+    Raises: InputError for a factor that is negative or not finite, fewer samples than two, a box or tails for
+        a prediction without samples, and as `check_tails`.
+    Holds: the mean exactly, without a box; variance' = s² variance exactly without tails, else in expectation
         over the order.
+    Source: Student's t as a mixture of Gaussians over their scale: Andrews, Mallows 1974, "Scale mixtures of
+        normal distributions".
     """
     if not 0 <= factor < math.inf:
         raise InputError(f"deviations are multiplied by a finite number of at least 0, not {factor}")
-    if not tails > 2:
-        raise InputError(f"tails of finite variance have more than 2 degrees of freedom, not {tails}")
+    check_tails(tails)
     if isinstance(given, Tensor):
         _several(given)
         return clamped(_spread(given, given.mean(0), factor, tails), box)
     if given.samples is None:
-        if box != FREE or tails < math.inf:
+        if box != FREE or tails is not None:
             raise InputError("a prediction without samples has no box or tails; give samples, or neither")
         return Predictive(given.mean, factor**2 * given.variance, given.noise)
     moved = clamped(_spread(given.samples, given.mean, factor, tails), box)
-    if box == FREE and tails == math.inf:
+    if box == FREE and tails is None:
         return Predictive(given.mean, factor**2 * given.variance, given.noise, moved)
     return Predictive.from_samples(moved, given.noise)
 
@@ -336,10 +348,10 @@ def _error(ratios: Float[Tensor, " views"], square: float) -> float:
     return away / math.sqrt(len(ratios)) / (2 * math.sqrt(square))
 
 
-def _spread(samples: Tensor, mean: Tensor, factor: float, tails: float) -> Tensor:
+def _spread(samples: Tensor, mean: Tensor, factor: float, tails: float | None) -> Tensor:
     """Give samples with deviations s times as large, mixed over scales to tails of a t distribution."""
     deviations = samples - mean
-    if tails < math.inf:
+    if tails is not None:
         deviations = deviations * _scales(len(samples), tails).to(samples).view(-1, *[1] * mean.ndim)
         deviations = deviations - deviations.mean(0)
     return mean + factor * deviations

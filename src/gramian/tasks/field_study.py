@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gramian.core.predictive import Predictive
 from gramian.errors import InputError
-from gramian.imaging.unseen_views import check_views, rescaled, spread_factor
+from gramian.imaging.unseen_views import TAILS, check_tails, check_views, rescaled, spread_factor
 from gramian.imaging.variation import UNIT
 from gramian.tasks.classical_choice import check_classical, chosen_variation, reconstruct
 from gramian.tasks.field_fits import Fit, Fitted, Job, Network, finish, fit
@@ -41,8 +41,8 @@ class FieldStudy:
     held_out: float = 0.1
     """Share of the views that are unseen at first: they end fits, choose the settings of classical methods
     and the factor on the spread of samples; then they are given back."""
-    tails: float = 4.0
-    """Degrees of freedom of samples that are spread; inf leaves their own tails."""
+    tails: float | None = TAILS
+    """Degrees of freedom of samples that are spread; None leaves their own tails."""
     seeds: tuple[int, ...] = (0, 1)
 
     def check(self) -> None:
@@ -50,6 +50,7 @@ class FieldStudy:
         self.network.check()
         self.fit.check()
         check_classical(self.classical)
+        check_tails(self.tails)
         for name in ("ensemble", "dropout_ensemble", *self.around):
             replace(self.doubt, uncertainty=name).check(pixels=False)
 

@@ -203,8 +203,10 @@ def _variances(picture: Picture, energy: Energy, doubt: Doubt, seed: int) -> dic
     prior, generator = _prior(doubt, picture), torch.Generator().manual_seed(seed)
     names, parameters = zip(*picture.named_parameters(), strict=True)
     precision = [torch.full_like(p, prior(name, p) ** -2) for name, p in zip(names, parameters, strict=True)]
+    image = picture()
     for _ in range(PROBES):
-        gradients = torch.autograd.grad(energy.probe(picture(), generator), parameters)
+        form = energy.probe(image, generator)
+        gradients = torch.autograd.grad(form, parameters, retain_graph=True)
         precision = [p + g.square() / PROBES for p, g in zip(precision, gradients, strict=True)]
     return {name: 1 / p for name, p in zip(names, precision, strict=True)}
 

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from gramian.core.predictive import Predictive
 from gramian.errors import InputError, StoppedError
-from gramian.imaging.unseen_views import SpreadFactor, ViewCheck, check_views, rescaled, spread_factor
+from gramian.imaging.unseen_views import (
+    TAILS,
+    SpreadFactor,
+    ViewCheck,
+    check_tails,
+    check_views,
+    rescaled,
+    spread_factor,
+)
 from gramian.imaging.variation import UNIT
 from gramian.memory import check_memory
 from gramian.tasks.classical_choice import Classical, check_classical, chosen_variation, reconstruct
@@ -54,9 +62,9 @@ class ReconstructConfig:
     """Leave pixels empty that several views see through."""
     recalibrate: bool = True
     """Multiply the spread of samples by what the unseen views ask for."""
-    tails: float = 4.0
+    tails: float | None = TAILS
     """Degrees of freedom of the t distribution that these samples are given, since errors have heavier tails
-    than they; inf leaves their own."""
+    than they; None leaves their own."""
     runs: Path = Path("runs")
     """Folder of run folders."""
     name: str = "reconstruct"
@@ -81,8 +89,7 @@ class ReconstructConfig:
             raise InputError(f"every method is compared once, got {' '.join(self.compare)}")
         if not 0 <= self.held_out < 0.5:
             raise InputError(f"held_out is a share from 0 to below ½, got {self.held_out:g}")
-        if not self.tails > 2:
-            raise InputError(f"tails have more than 2 degrees of freedom, got {self.tails:g}")
+        check_tails(self.tails)
 
     @property
     def job(self) -> Job:

@@ -178,8 +178,9 @@ def _spread(found: Reconstruction, check: ViewCheck, config: ReconstructConfig) 
     )
     if not config.recalibrate:
         return said + "which was not applied (--no-recalibrate)."
-    tails = f", in a t distribution of {config.tails:g} degrees of freedom" if config.tails < math.inf else ""
-    return said + f"and were made so{tails}."
+    if config.tails is None:
+        return said + "and were made so."
+    return said + f"and were made so, in a t distribution of {config.tails:g} degrees of freedom."
 
 
 def _honesty(found: Reconstruction) -> list[str]:
