@@ -17,12 +17,13 @@ from gramian.imaging.geometry import ParallelBeam, evenly
 from gramian.imaging.radon import Projector
 from gramian.imaging.unseen_views import (
     LARGEST,
-    SpreadFactor,
     ViewCheck,
     check_views,
     conformal_bands,
     hold_out,
     image_conformal,
+    noise_energy,
+    pixel_energy,
     rescaled,
     spread_factor,
 )
@@ -116,6 +117,25 @@ def test_an_exact_posterior_is_found_right_and_others_are_not() -> None:
     assert float((covered[2] - levels).mean()) > 0.05
 
 
+def test_views_tell_the_energy_of_pixels() -> None:
+    projector = Projector(ParallelBeam(evenly(40), 32, 46), dtype=F64)
+    smooth = torch.nn.functional.avg_pool2d(normal(8, 32, 32), 7, 1, 3)
+    rough = smooth - torch.nn.functional.avg_pool2d(smooth, 3, 1, 1)
+    rays, energies = [], []
+    for errors in (smooth, rough):
+        views = projector.A(errors)
+        rays.append(float((views.square().sum((-1, -2)) / errors.square().sum((-1, -2))).mean()))
+        energies.append(float((pixel_energy(views).sum(-1) / errors.square().sum((-1, -2))).mean()))
+    assert 1 < energies[0] / energies[1] < 1.5  # pixels of linear beams blur what alternates
+    assert rays[0] > 4 * rays[1]  # control: along rays it cancels
+
+
+def test_the_energy_of_noise() -> None:
+    std = 0.1 + normal(3, 7).abs()
+    drawn = pixel_energy(std * normal(20_000, 3, 7, seed=1)).mean(0)
+    torch.testing.assert_close(drawn, noise_energy(std.square()), rtol=0.05, atol=0)
+
+
 def test_the_factor_undoes_what_was_done_to_the_spread() -> None:
     factors = [spread_factor(one) for one in checks(200)]
     mean, error = mean_and_error([one.factor for one in factors])
@@ -179,19 +199,13 @@ def test_the_factor_of_pure_waves_is_that_of_their_weighted_energies() -> None:
     assert found.gain == pytest.approx(likelihood(found.factor) - likelihood(1.0), rel=1e-9, abs=1e-12)
 
 
-def test_one_view_that_stands_out_does_not_decide() -> None:
+def test_views_share_out_their_energies_and_tell_the_error() -> None:
     samples = torch.stack([waves(2), -waves(2)])[:, None].expand(2, 5, 16)
-
-    def factor(*amplitudes: float) -> SpreadFactor:
-        errors = torch.tensor(amplitudes, dtype=F64)[:, None] * waves(2)
-        return spread_factor(ViewCheck(Predictive.from_samples(samples, 1e-9), errors))
-
-    usual = factor(2, 2.1, 1.9, 2.2, 1.8)
-    assert factor(2, 2.1, 1.9, 90, 1.8).factor == pytest.approx(usual.factor, rel=1e-6)
-    assert factor(2, 2.1, 1.9, 2.2, 0).factor == pytest.approx(usual.factor, rel=1e-6)
-    assert factor(2, 2.1, 90, 90, 90).factor > 10 * usual.factor  # control: most of them do
-    assert usual.factor == pytest.approx(2 / math.sqrt(3), rel=1e-6)  # 2² of (1 + 1/2) 2
-    assert usual.error == pytest.approx(1.2533 / 0.6745 * 0.41 / 5**0.5 / (2 * 2) / math.sqrt(3), rel=1e-3)
+    amplitudes = torch.tensor([2, 2.1, 1.9, 2.2, 0.5], dtype=F64)
+    found = spread_factor(ViewCheck(Predictive.from_samples(samples, 1e-9), amplitudes[:, None] * waves(2)))
+    asked = amplitudes.square() / 3  # over (1 + 1/2) 2, by each view
+    assert found.factor == pytest.approx(math.sqrt(asked.mean()), rel=1e-6)
+    assert found.error == pytest.approx(float(asked.std()) / 5**0.5 / (2 * found.factor), rel=1e-6)
 
 
 def blurred(images: Tensor, width: int) -> Tensor:

@@ -36,6 +36,8 @@ def test_images_are_in_units_of_the_peak_and_the_truth_has_a_misfit_of_one() -> 
             error = 4 * math.sqrt(2 / rays.sinogram.numel())
             assert abs(float(rays.misfit(truth)) - 1) < error
             assert float(rays.misfit(1.1 * truth)) > 2  # control
+            assert abs(float(rays.pixel_misfit(truth)) - 1) < 2 * error  # high frequencies weigh more
+            assert float(rays.pixel_misfit(1.3 * truth)) > 2
         energy = found.kept.energy(3.0)
         wanted = 0.5 * found.kept.misfit(truth) * found.kept.sinogram.numel() + 3 * energy.roughness(truth)
         assert float(energy(truth)) == pytest.approx(float(wanted), rel=1e-5)

@@ -27,8 +27,8 @@ FEWEST_VIEWS = 5
 """Fewest views of which two can be held out and most kept."""
 LARGEST = 100.0
 """The largest factor: samples that need more differ by chance or rounding."""
-TAILS = 4.0
-"""Degrees of freedom of spread samples, chosen on four reconstructions of validation slices of CT."""
+TAILS = 3.0
+"""Degrees of freedom of spread samples, chosen on fourteen reconstructions of validation slices of CT."""
 
 
 def hold_out(views: int, share: float = 0.1, seed: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -51,6 +51,27 @@ def hold_out(views: int, share: float = 0.1, seed: int = 0) -> tuple[tuple[int, 
     ends = [part * views // count for part in range(count + 1)]
     held = tuple(int(torch.randint(low, high, (), generator=generator)) for low, high in pairwise(ends))
     return tuple(view for view in range(views) if view not in held), held
+
+
+def folds(views: int, held: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return parts that share out all views, the held ones first and the others alike.
+
+        fold k has, of every part that `hold_out` drew a view of, the view k places on, and around its end
+
+    Raises: InputError for held views of which not one lies in each part.
+    Holds: exactly.
+    """
+    ends = [part * views // len(held) for part in range(len(held) + 1)]
+    parts = list(zip(held, pairwise(ends), strict=True))
+    if any(not low <= view < high for view, (low, high) in parts):
+        raise InputError(
+            f"of {len(held)} equal parts of {views} views one each has to be held, not {tuple(held)}"
+        )
+    longest = max(high - low for _, (low, high) in parts)
+    return [
+        tuple(low + (view - low + k) % (high - low) for view, (low, high) in parts if k < high - low)
+        for k in range(longest)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +130,33 @@ class ViewCheck:
         return randomised_coverage(noisy, self.sinogram, levels)
 
 
+def pixel_energy(views: Float[Tensor, "*batch views detectors"]) -> Float[Tensor, "*batch views"]:
+    """Return what each view says of the energy of the image that it is a projection of.
+
+        Σ |ω| |F v|²,  F the Fourier transform along the detectors, ω its frequency (a quarter of the first
+        one for the mean)
+
+    Views are slices of the image's Fourier transform, so that over all angles of half a turn this is in
+    proportion to the sum of the image's squares.
+
+    Shapes: (*batch, views, detectors) -> (*batch, views).
+    Holds: in the mean over many angles, for parallel beams with detectors as narrow as pixels; about so for
+        fans.
+    """
+    return (_frequencies(views) * torch.fft.fft(views).abs().square()).sum(-1)
+
+
+def noise_energy(variance: Float[Tensor, "views detectors"]) -> Float[Tensor, " views"]:
+    """Return the expectation of `pixel_energy` of noise that is independent between rays.
+
+        Σ |ω| Σ_detectors σ²
+
+    Shapes: (views, detectors) -> (views).
+    Holds: exactly.
+    """
+    return _frequencies(variance).sum() * variance.sum(-1)
+
+
 def check_views(
     samples: Float[Tensor, "members n n"],
     projector: LinearMap,
@@ -153,44 +201,75 @@ class SpreadFactor:
     factor: float
     """s: 1 where samples spread as they should, above it where they are too sure of themselves."""
     error: float
-    """Standard error of s, from the median distance of views from their median; NaN with one view."""
+    """Standard error of s, from how differently views ask for it; NaN with one view."""
     gain: float
     """Mean log likelihood of a ray at s above that at 1, in nats; below 0 where rays ask for less."""
     capped: bool
     """Whether s is the largest that is allowed: the samples hardly differ where the rays meet them."""
 
 
-def spread_factor(check: ViewCheck) -> SpreadFactor:
+def spread_factor(check: ViewCheck, usual: float = 1.0) -> SpreadFactor:
     """Return the factor on deviations from the mean with which samples err as much as their mean does.
 
-        s² = median over views of Σ |ω| (|F(y − A m)|² − E|F n|²) / ((1 + 1/K) Σ |ω| Var_k F(A x_k))
+        s² = u Σ |ω| (|F(y − A m)|² − E|F n|²) / ((1 + 1/K) Σ |ω| Var_k F(A x_k)),  sums over views and ω
 
     F is the Fourier transform of a view along its detectors, ω its frequency (a quarter of the first one for
     the mean), n the noise and Var_k the variance over K samples; a negative s² becomes 0. Since views are
     slices of the image's Fourier transform, Σ |ω| |F A e|² over all angles is the squared norm of an image e
     of errors, so that pixels are compared with pixels. A factor by the likelihood of rays can miss that on
     either side: where deviations alternate from pixel to pixel and errors do not, they cancel along rays, and
-    it is too large. The median is over few views of which one may stand out, along the straight edges of a
-    table, or by its noise.
+    it is too large.
+
+    Few views may be easy or hard ones to foretell, by what they cross and by their noise. `usual_error` of a
+    cheap method that leaves out every view in turn says so, and u takes it out.
 
     What the mean, the noise level and the projector get wrong counts as missing spread. The views that chose
     s cannot judge it; that takes others.
 
+    Args:
+        check: held-out views.
+        usual: u, the energy of errors on all views over that on these.
+
     Raises: InputError where the samples agree on every ray.
-    Holds: in expectation of a view's sums, for a perfect sampler s = 1, whatever K, and the median of skewed
-        ones a little below; what it says of pixels holds for parallel beams with detectors as narrow as
-        pixels, about so for fans, and between few views by chance alone.
+    Holds: in expectation of both sums, for a perfect sampler s = 1, whatever K; what it says of pixels holds
+        for parallel beams with detectors as narrow as pixels, about so for fans, and between few views by
+        chance alone.
     """
     residuals, spread = _energies(check)
     if not spread.any():
         raise InputError("all samples foretell the same of the held-out views, so no factor spreads them")
-    ratios = torch.where(spread > 0, residuals / spread, torch.where(residuals > 0, math.inf, 0.0))
-    square = max(_median(ratios), 0.0)
+    square = max(usual * float(residuals.sum() / spread.sum()), 0.0)
     factor = min(math.sqrt(square), LARGEST)
     squares = (check.sinogram - check.prediction.mean).square()
     variance, noise = check.prediction.variance, check.prediction.aleatoric
     found, one = (_log_likelihood(s, squares, variance, noise) for s in (factor, 1.0))
-    return SpreadFactor(factor, _error(ratios, square), (found - one) / squares.numel(), factor >= LARGEST)
+    return SpreadFactor(
+        factor, _error(usual * residuals, spread, square), (found - one) / squares.numel(), factor >= LARGEST
+    )
+
+
+def usual_error(
+    residuals: Float[Tensor, "views detectors"],
+    variance: Float[Tensor, "views detectors"],
+    held: Sequence[int],
+) -> float:
+    """Return how much larger a method's errors are on all views than on some, each left out of its image.
+
+        u = mean over views of Σ |ω| (|F r|² − E|F n|²) / the same over held views
+
+    It is 1 where noise hides either of the errors.
+
+    Args:
+        residuals: of every view, from an image that was reconstructed without it.
+        variance: σ² of their noise.
+        held: the views to compare with.
+
+    Shapes: (views, detectors) both.
+    Holds: exactly.
+    """
+    errors = pixel_energy(residuals) - noise_energy(variance)
+    every, some = float(errors.mean()), float(errors[list(held)].mean())
+    return every / some if min(every, some) > 0 else 1.0
 
 
 def check_tails(tails: float | None) -> None:
@@ -243,109 +322,34 @@ def rescaled(
     return Predictive.from_samples(moved, given.noise)
 
 
-def conformal_bands(scores: Float[Tensor, " groups *entries"], level: float) -> float:
-    """Return how many standard deviations hold a share of the entries of a new group, in expectation.
-
-        t = the ⌈q (n + 1) D⌉-th smallest |score| of n groups of D entries;   |y − A m| ≤ t √(v + σ²)
-
-    With z as (views, detectors) every view is a group, and a new view that was not fitted either is assumed
-    to be exchangeable with the held ones. Flattened, every ray is a group of its own: D = 1, the usual split
-    conformal quantile. That allows more levels, but rays of one view err together, which breaks its
-    assumption.
-
-    Shapes: (groups, *entries) -> (), the unit that of the scores.
-    Raises: InputError for a level outside (0, 1) or above n/(n + 1), no scores, NaN, and where no finite t
-        will do.
-    Holds: E[share of a new group within t] ≥ q over draws of all groups, if they are exchangeable; no promise
-        once the scores are given.
-    Source: Angelopoulos, Bates, Fisch, Lei, Schuster 2022, arXiv 2208.02814; D = 1: Vovk, Gammerman, Shafer
-        2005, doi 10.1007/b106715.
-    """
-    if scores.ndim == 0 or scores.numel() == 0 or scores.isnan().any():
-        raise InputError("conformal bands need scores (groups, …), at least one and none of them NaN")
-    if not 0 < level < 1:
-        raise InputError(f"the level of conformal bands has to lie between 0 and 1, not {level}")
-    groups, total = len(scores), scores.numel()
-    rank = math.ceil(level * (groups + 1) * (total // groups) * (1 - 1e-12))
-    if rank > total:
-        raise InputError(
-            f"{groups} groups allow levels up to {groups}/{groups + 1} = {groups / (groups + 1):.3g}, "
-            f"not {level}"
-        )
-    found = float(scores.abs().flatten().kthvalue(rank).values)
-    if not math.isfinite(found):
-        share = float(scores.isinf().double().mean())
-        raise InputError(
-            f"no multiple of the standard deviation reaches the level {level}: it is 0 at {share:.3g} of all "
-            "entries although they are wrong there"
-        )
-    return found
-
-
-def image_conformal(predictions: Sequence[Predictive], truths: Sequence[Tensor], level: float) -> float:
-    """Return the multiple of the standard-deviation map that holds a share of a new image's pixels.
-
-        |x − m| ≤ t std,  t by `conformal_bands` of the scores |x − m|/std, every image a group
-
-    This needs true images, reconstructed alike from scans of the same kind. A pixel without spread whose mean
-    is right is held by every t.
-
-    Shapes: predictions and truths (rows, columns), all alike -> ().
-    Raises: InputError for numbers of predictions and truths that differ or are 0, different shapes, and as
-        `conformal_bands`: n images allow levels up to n/(n + 1).
-    Holds: E[share of pixels held] ≥ level over draws of all images, if they are exchangeable; no promise for
-        any one image, or any one place in it.
-    Source: Angelopoulos, Bates, Fisch, Lei, Schuster 2022, arXiv 2208.02814.
-    """
-    if len(predictions) != len(truths) or not truths:
-        raise InputError(
-            f"there has to be one true image for every prediction, not {len(truths)} for {len(predictions)}"
-        )
-    shapes = {tuple(image.shape) for image in (*truths, *(one.mean for one in predictions))}
-    if len(shapes) > 1:
-        raise InputError(f"images to calibrate with have to be of one shape, not {sorted(shapes)}")
-    scores = [_score(one, truth) for one, truth in zip(predictions, truths, strict=True)]
-    return conformal_bands(torch.stack(scores), level)
-
-
-def _score(prediction: Predictive, truth: Tensor) -> Tensor:
-    """Give |x − m|/std, 0 where both are 0."""
-    error = (truth - prediction.mean).abs()
-    return torch.where(error > 0, error / prediction.std, error)
-
-
 def _energies(check: ViewCheck) -> tuple[Float[Tensor, " views"], Float[Tensor, " views"]]:
     """Give each view's energy of residuals without their noise, and that which perfect samples would have."""
     prediction, samples = check.prediction, check.prediction.samples
     if samples is None:
         raise InputError("a factor on the spread of samples needs the samples")
-    detectors = check.sinogram.shape[-1]
-    frequency = torch.fft.fftfreq(detectors, dtype=torch.float64, device=samples.device).abs()
-    frequency[0] = 1 / (4 * detectors)  # the mean of |ω| over its share of the line
-
-    def energy(views: Tensor) -> Tensor:
-        return (frequency * torch.fft.fft(views).abs().square()).sum(-1)
-
-    noise = frequency.sum() * prediction.aleatoric.expand_as(check.sinogram).sum(-1)
+    noise = noise_energy(prediction.aleatoric.expand_as(check.sinogram))
     count = len(samples)
-    spread = energy(samples - prediction.mean).sum(0) / (count - 1)
-    return energy(check.sinogram - prediction.mean) - noise, (1 + 1 / count) * spread
+    spread = pixel_energy(samples - prediction.mean).sum(0) / (count - 1)
+    return pixel_energy(check.sinogram - prediction.mean) - noise, (1 + 1 / count) * spread
 
 
-def _median(values: Float[Tensor, " views"]) -> float:
-    """Give the median, of an even number the mean of the middle two."""
-    ordered = values.sort().values
-    return float(ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+def _frequencies(views: Tensor) -> Float[Tensor, " detectors"]:
+    """Give |ω|, and for ω = 0 its mean over that share of the line."""
+    detectors = views.shape[-1]
+    frequency = torch.fft.fftfreq(detectors, dtype=views.dtype, device=views.device).abs()
+    frequency[0] = 1 / (4 * detectors)
+    return frequency
 
 
-def _error(ratios: Float[Tensor, " views"], square: float) -> float:
-    """Give the standard error of s by that of a median of Gaussian s², √(π/2)/Φ⁻¹(¾) MAD/√views."""
-    if len(ratios) < 2:
+def _error(residuals: Tensor, spread: Tensor, square: float) -> float:
+    """Give the standard error of s, by that of a ratio of sums over views, to first order."""
+    views = len(residuals)
+    if views < 2:
         return math.nan
-    if not 0 < square < math.inf:
+    if not square:
         return 0.0
-    away = math.sqrt(math.pi / 2) / 0.6745 * _median((ratios - square).abs())
-    return away / math.sqrt(len(ratios)) / (2 * math.sqrt(square))
+    away = float((residuals - square * spread).square().sum()) * views / (views - 1)
+    return math.sqrt(away) / float(spread.sum()) / (2 * math.sqrt(square))
 
 
 def _spread(samples: Tensor, mean: Tensor, factor: float, tails: float | None) -> Tensor:

@@ -34,8 +34,11 @@ BEST = "best.safetensors"
 RATES = {"pixels": 5e-2, "hash": 1e-2, "fourier": 1e-3, "sine": 3e-4}
 """Learning rates of Adam when none is given."""
 
-VARIATION, FIELD_SHARE = 8.0, 0.75
-"""Weight of total variation where nothing chooses it, and a field's as a share of that of pixels."""
+LAYERS = {"hash": 0, "fourier": 2, "sine": 2}
+"""Hidden layers after the first when no depth is given."""
+
+VARIATION = 8.0
+"""Weight of total variation where nothing chooses it."""
 FINISH_RATE = 0.3
 """Learning rate of the finish as a share of the first."""
 
@@ -48,8 +51,8 @@ class Network:
     """hash: a pyramid of learned grids; fourier: fixed random waves; sine: layers of sines."""
     width: int = 64
     """Units of a hidden layer."""
-    depth: int = 2
-    """Hidden layers after the first."""
+    depth: int | None = None
+    """Hidden layers after the first; none for hash, whose grids do their work, and 2 else when not given."""
     dropout: float = 0.05
     """Rate of dropout, where the uncertainty is told by it."""
     levels: int = 8
@@ -69,15 +72,20 @@ class Network:
         """Raise InputError naming the first setting that cannot be used."""
         if self.encoding not in RATES or self.encoding == "pixels":
             raise InputError(f"unknown encoding {self.encoding!r}; choose hash, fourier or sine")
-        what = f"a field of {self.depth:,} layers of width {self.width:,} on its {self.encoding} encoding"
-        check_memory(4.0 * self.least_parameters + LAYER * max(self.depth, self.levels), what)
+        what = f"a field of {self.layers:,} layers of width {self.width:,} on its {self.encoding} encoding"
+        check_memory(4.0 * self.least_parameters + LAYER * max(self.layers, self.levels), what)
         self.build(8, 0, dropout=True)
+
+    @property
+    def layers(self) -> int:
+        """Hidden layers after the first."""
+        return LAYERS[self.encoding] if self.depth is None else self.depth
 
     @property
     def least_parameters(self) -> int:
         """Numbers that a field has at least, whatever the size of its image."""
         encoded = {"hash": self.levels * self.features, "fourier": 2 * self.waves, "sine": 2}[self.encoding]
-        return self.width * (encoded + self.depth * self.width)
+        return self.width * (encoded + self.layers * self.width)
 
     @torch.random.fork_rng(devices=[])  # layers draw a start from the global generator before the seed's
     def build(self, size: int, seed: int, *, dropout: bool) -> ImageField:
@@ -96,7 +104,7 @@ class Network:
         return Field(
             encoding,
             self.width,
-            self.depth,
+            self.layers,
             dropout=self.dropout if dropout else 0.0,
             activation=partial(Sine, omega=self.omega) if self.encoding == "sine" else "silu",
             output=self.output,
@@ -110,7 +118,7 @@ class Fit:
 
     variation: float | None = None
     """Weight of total variation in nats for each unit, of images in units of their peak. When not given, that
-    with which FISTA-TV predicts the unseen views best, or ¾ of it for a field; 8 without unseen views."""
+    which suits FISTA-TV where it leaves out views in turn; 8 without unseen views."""
     steps: int = 1000
     """Optimiser steps, each with all views."""
     learning_rate: float | None = None
@@ -190,18 +198,17 @@ class Job:
         """What is fitted: pixels, or the encoding of a field."""
         return "pixels" if self.pixels else self.network.encoding
 
-    def weighed(self, variation: float | None) -> "Job":
-        """Return it with the weight of total variation that suits pixels, unless it was given."""
-        if self.fit.variation is not None or variation is None:
+    def weighed(self, variation: float) -> "Job":
+        """Return it with a weight of total variation, unless it was given."""
+        if self.fit.variation is not None:
             return self
-        chosen = variation if self.pixels else FIELD_SHARE * variation
-        return replace(self, fit=replace(self.fit, variation=chosen))
+        return replace(self, fit=replace(self.fit, variation=variation))
 
     def least_numbers(self, size: int, pixels: int) -> int:
         """Return how many numbers a member holds at least in a fit, at pixels inside the outline."""
         if self.pixels:
             return 4 * size**2
-        inside = 0 if self.fit.chunk is not None else pixels * self.network.width * self.network.depth
+        inside = 0 if self.fit.chunk is not None else pixels * self.network.width * (self.network.layers + 1)
         return 4 * self.network.least_parameters + inside // (2 if self.fit.precision == "bf16" else 1)
 
     def field(self, size: int, member: int) -> ImageField:

@@ -12,7 +12,7 @@ from gramian.core.predictive import Predictive
 from gramian.errors import InputError
 from gramian.imaging.unseen_views import TAILS, check_tails, check_views, rescaled, spread_factor
 from gramian.imaging.variation import UNIT
-from gramian.tasks.classical_choice import check_classical, chosen_variation, reconstruct
+from gramian.tasks.classical_choice import LeftOut, check_classical, leave_out, reconstruct
 from gramian.tasks.field_fits import Fit, Fitted, Job, Network, finish, fit
 from gramian.tasks.image_doubt import Doubt, draw
 from gramian.tasks.observed_views import Observed, observe
@@ -98,48 +98,49 @@ def study(scans: Sequence[Scan], config: FieldStudy, folder: Path, console: Cons
         for seed in config.seeds:
             observed = observe(scan, held_out=config.held_out, seed=seed, device=config.fit.place)
             place = folder / f"scan-{number}-seed-{seed}"
-            variation = chosen_variation(observed)
+            left = leave_out(observed)
+            assert left is not None
             first_seed = seed == config.seeds[0]
-            beside = _without_draws(observed, variation, config, place) if first_seed else ()
-            for row in chain(beside, _fields(observed, variation, seed, config, place)):
+            beside = _without_draws(observed, left, config, place) if first_seed else ()
+            for row in chain(beside, _fields(observed, left, seed, config, place)):
                 rows.append(row)
                 console.print(f"{row.scan}, seed {seed}: {row.text()}", highlight=False, markup=False)
     return rows
 
 
-def _without_draws(
-    observed: Observed, variation: float | None, config: FieldStudy, folder: Path
-) -> Iterator[Row]:
+def _without_draws(observed: Observed, left: LeftOut, config: FieldStudy, folder: Path) -> Iterator[Row]:
     for name in config.classical:
-        found = reconstruct(name, observed)
+        found = reconstruct(name, observed, left if name == "fista_tv" else None)
         yield _of_image(name, found.image, observed, found.seconds)
     settings = replace(config.fit, steps=PIXEL_STEPS * config.fit.steps, seed=config.seeds[0])
-    job = Job(pixels=True, fit=settings).weighed(variation)
+    job = Job(pixels=True, fit=settings).weighed(left.variation)
     judged, grid = _fitted(job, observed, folder / "pixels", Console(quiet=True))
     seconds = judged.seconds + grid.seconds
     yield _of_image("pixels + TV", grid.members(1)[0].detach(), observed, seconds)
 
 
-def _fields(
-    observed: Observed, variation: float | None, seed: int, config: FieldStudy, folder: Path
-) -> Iterator[Row]:
+def _fields(observed: Observed, left: LeftOut, seed: int, config: FieldStudy, folder: Path) -> Iterator[Row]:
     settings, console = replace(config.fit, seed=seed), Console(quiet=True)
     for masks in (False, True):
         members = config.doubt.members if config.ensembles else 1
         job = Job(members=members, dropout=masks, network=config.network, fit=settings)
-        fits = _fitted(job.weighed(variation), observed, folder / ("dropout" if masks else "plain"), console)
+        fits = _fitted(
+            job.weighed(left.variation), observed, folder / ("dropout" if masks else "plain"), console
+        )
         seconds, count = sum(each.seconds for each in fits), job.members
         alone = first(fits[0], observed), first(fits[1], observed)
         if masks:
-            yield _drawn("field, dropout", "dropout", alone, observed, seconds / count, config)
+            yield _drawn("field, dropout", "dropout", alone, observed, left, seconds / count, config)
             if config.ensembles:
-                yield _drawn(f"{count} fields, dropout", "dropout_ensemble", fits, observed, seconds, config)
+                yield _drawn(
+                    f"{count} fields, dropout", "dropout_ensemble", fits, observed, left, seconds, config
+                )
             continue
         yield _of_image("field", alone[1].members(1)[0].detach(), observed, seconds / count)
         if config.ensembles:
-            yield _drawn(f"{count} fields", "ensemble", fits, observed, seconds, config)
+            yield _drawn(f"{count} fields", "ensemble", fits, observed, left, seconds, config)
         for name in config.around:
-            yield _drawn(f"field, {name}", name, alone, observed, seconds / count, config)
+            yield _drawn(f"field, {name}", name, alone, observed, left, seconds / count, config)
 
 
 def _fitted(job: Job, observed: Observed, folder: Path, console: Console) -> tuple[Fitted, Fitted]:
@@ -167,6 +168,7 @@ def _drawn(
     method: str,
     fits: tuple[Fitted, Fitted],
     observed: Observed,
+    left: LeftOut,
     seconds: float,
     config: FieldStudy,
 ) -> Row:
@@ -177,7 +179,8 @@ def _drawn(
         draw(fitted, seen, doubt, Console(quiet=True))
         for fitted, seen in zip(fits, (observed, observed.whole), strict=True)
     )
-    factor = spread_factor(check_views(judged.samples, unseen.projector, unseen.sinogram, unseen.std)).factor
+    check = check_views(judged.samples, unseen.projector, unseen.sinogram, unseen.std)
+    factor = spread_factor(check, left.usual).factor
     raw = last.samples.cpu()
     laws = [Predictive.from_samples(each) for each in (raw, rescaled(raw, factor, UNIT, config.tails))]
     image = image_scores(laws[1].mean, truth)

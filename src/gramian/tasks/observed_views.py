@@ -1,6 +1,6 @@
 """The views of a scan: those that an image is fitted to, and those that are kept from it to judge it by."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from gramian.errors import InputError
 from gramian.imaging.energy import Energy
 from gramian.imaging.radon import Projector
 from gramian.imaging.support import support
-from gramian.imaging.unseen_views import hold_out
+from gramian.imaging.unseen_views import folds, hold_out, noise_energy, pixel_energy
 from gramian.tasks.scans import Scan
 
 
@@ -32,6 +32,15 @@ class Rays:
     def misfit(self, images: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch"]:
         """Return the mean over rays of squared residuals in units of the noise: 1 for the truth."""
         return self.energy().misfit(images) / self.sinogram.numel()
+
+    def pixel_misfit(self, images: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch"]:
+        """Return the residuals' `pixel_energy` over that of the noise, 1 in expectation for the truth.
+
+        Over views that were not fitted it grows with the squared error of pixels, where `misfit` weighs what
+        is smooth more.
+        """
+        residuals = self.projector.A(images) - self.sinogram
+        return pixel_energy(residuals).sum(-1) / noise_energy(self.std.square()).sum()
 
     def of_views(self, views: Sequence[int]) -> "Rays":
         """Return some of the views, by their numbers."""
@@ -73,6 +82,12 @@ class Observed:
             kept_views=tuple(range(len(self.all.sinogram))),
             unseen_views=(),
         )
+
+    def left_out(self) -> Iterator[tuple[tuple[int, ...], Rays]]:
+        """Yield sets that share out all views, the unseen ones first, and the rays of the others."""
+        count = len(self.all.sinogram)
+        for fold in folds(count, self.unseen_views):
+            yield fold, self.all.of_views([view for view in range(count) if view not in fold])
 
     def coarse(self, block: int, cache: Path | None = None) -> Rays:
         """Return the kept views as rays through an image of larger pixels."""

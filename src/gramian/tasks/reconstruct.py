@@ -22,7 +22,7 @@ from gramian.imaging.unseen_views import (
 )
 from gramian.imaging.variation import UNIT
 from gramian.memory import check_memory
-from gramian.tasks.classical_choice import Classical, check_classical, chosen_variation, reconstruct
+from gramian.tasks.classical_choice import Classical, LeftOut, check_classical, leave_out, reconstruct
 from gramian.tasks.field_fits import BEST, Fit, Fitted, Job, Network, best_members, finish, fit
 from gramian.tasks.image_doubt import POINTS, Doubt, Drawn, draw
 from gramian.tasks.language import run_folder
@@ -204,33 +204,31 @@ def reconstructed(
     config: ReconstructConfig, observed: Observed, folder: Path, console: Console
 ) -> Reconstruction:
     """Reconstruct what was observed; the fit is kept in a run folder inside."""
-    beside = _beside(config, observed, console)
+    left = None
+    if config.method in FITTED or "fista_tv" in (config.method, *config.compare):
+        with console.status("leaving out views in turn"):
+            left = leave_out(observed)
+    beside = _beside(config, observed, left, console)
     if config.method not in FITTED:
         with console.status(f"reconstructing by {config.method}"):
-            own = reconstruct(config.method, observed)
+            own = reconstruct(config.method, observed, _known(config.method, left))
         return Reconstruction(observed, own.image, None, beside, None, None, None, None, folder, own=own)
-    job = config.job.weighed(_variation(config, observed, beside, console))
+    job = config.job if left is None else config.job.weighed(left.variation)
     try:
-        return _fitted(config, job, observed, beside, folder, console)
+        return _fitted(config, job, observed, beside, left, folder, console)
     except StoppedError:
         _keep_best(job, observed, folder, console)
         raise
 
 
-def _variation(
-    config: ReconstructConfig, observed: Observed, beside: tuple[Classical, ...], console: Console
-) -> float | None:
-    """Return the weight of total variation that unseen views choose for FISTA-TV, where one is needed."""
-    if config.fit.variation is not None or observed.unseen is None:
-        return None
-    known = [each.settings["weight"] for each in beside if each.name == "fista_tv"]
-    if known:
-        return float(known[0])
-    with console.status("choosing the weight of total variation"):
-        return chosen_variation(observed)
+def _known(name: str, left: LeftOut | None) -> LeftOut | None:
+    """Return what FISTA-TV said, for itself."""
+    return left if name == "fista_tv" else None
 
 
-def _beside(config: ReconstructConfig, observed: Observed, console: Console) -> tuple[Classical, ...]:
+def _beside(
+    config: ReconstructConfig, observed: Observed, left: LeftOut | None, console: Console
+) -> tuple[Classical, ...]:
     """Reconstruct by the methods to compare with; those that cannot do with these views are left out."""
     found = []
     for name in config.compare:
@@ -238,7 +236,7 @@ def _beside(config: ReconstructConfig, observed: Observed, console: Console) -> 
             continue
         try:
             with console.status(f"reconstructing by {name}"):
-                found.append(reconstruct(name, observed))
+                found.append(reconstruct(name, observed, _known(name, left)))
         except InputError as error:
             said = f"note: {name} is left out: {error}"
             console.print(said, highlight=False, markup=False, soft_wrap=True)
@@ -250,6 +248,7 @@ def _fitted(
     job: Job,
     observed: Observed,
     beside: tuple[Classical, ...],
+    left: LeftOut | None,
     folder: Path,
     console: Console,
 ) -> Reconstruction:
@@ -260,7 +259,7 @@ def _fitted(
         if config.doubt.uncertainty != "none":
             judged = draw(fitted, observed, config.doubt, console).samples
             check = check_views(judged, unseen.projector, unseen.sinogram, unseen.std)
-            spread = spread_factor(check)
+            spread = spread_factor(check, 1.0 if left is None else left.usual)
         if config.fit.finish:
             fitted = finish(fitted, observed, folder / "finish", console)
     seen = observed.whole if config.fit.finish else observed
