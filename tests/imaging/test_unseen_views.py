@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,15 +14,16 @@ from torch import Tensor
 from gramian.bayes.linear_gaussian import GaussianPosterior, exact_posterior
 from gramian.core.predictive import Predictive
 from gramian.errors import InputError
+from gramian.imaging.conformal import conformal_bands, image_conformal
 from gramian.imaging.geometry import ParallelBeam, evenly
 from gramian.imaging.radon import Projector
 from gramian.imaging.unseen_views import (
     LARGEST,
+    SpreadFactor,
     ViewCheck,
     check_views,
-    conformal_bands,
+    folds,
     hold_out,
-    image_conformal,
     noise_energy,
     pixel_energy,
     rescaled,
@@ -199,13 +201,19 @@ def test_the_factor_of_pure_waves_is_that_of_their_weighted_energies() -> None:
     assert found.gain == pytest.approx(likelihood(found.factor) - likelihood(1.0), rel=1e-9, abs=1e-12)
 
 
-def test_views_share_out_their_energies_and_tell_the_error() -> None:
+def test_one_view_that_stands_out_does_not_decide() -> None:
     samples = torch.stack([waves(2), -waves(2)])[:, None].expand(2, 5, 16)
-    amplitudes = torch.tensor([2, 2.1, 1.9, 2.2, 0.5], dtype=F64)
-    found = spread_factor(ViewCheck(Predictive.from_samples(samples, 1e-9), amplitudes[:, None] * waves(2)))
-    asked = amplitudes.square() / 3  # over (1 + 1/2) 2, by each view
-    assert found.factor == pytest.approx(math.sqrt(asked.mean()), rel=1e-6)
-    assert found.error == pytest.approx(float(asked.std()) / 5**0.5 / (2 * found.factor), rel=1e-6)
+
+    def factor(*amplitudes: float) -> SpreadFactor:
+        errors = torch.tensor(amplitudes, dtype=F64)[:, None] * waves(2)
+        return spread_factor(ViewCheck(Predictive.from_samples(samples, 1e-9), errors))
+
+    usual = factor(2, 2.1, 1.9, 2.2, 1.8)
+    assert factor(2, 2.1, 1.9, 90, 1.8).factor == pytest.approx(usual.factor, rel=1e-6)
+    assert factor(2, 2.1, 1.9, 2.2, 0).factor == pytest.approx(usual.factor, rel=1e-6)
+    assert factor(2, 2.1, 90, 90, 90).factor > 10 * usual.factor  # control: most of them do
+    assert usual.factor == pytest.approx(2 / math.sqrt(3), rel=1e-6)  # 2² of (1 + 1/2) 2
+    assert usual.error == pytest.approx(1.2533 / 0.6745 * 0.41 / 5**0.5 / (2 * 2) / math.sqrt(3), rel=1e-3)
 
 
 def blurred(images: Tensor, width: int) -> Tensor:
@@ -360,6 +368,26 @@ def test_bands_hold_their_share_of_exchangeable_groups(groups: int, entries: int
             float((one[-1].abs() <= conformal_bands(one[:-1].flatten(), level)).double().mean()) for one in z
         ]
         assert mean_and_error(rays)[0] < level - 3 * mean_and_error(rays)[1]
+
+
+@given(st.integers(5, 190), st.floats(0.05, 0.45), st.integers(0, 5))
+def test_folds_share_out_the_views_and_are_alike(views: int, share: float, seed: int) -> None:
+    held = hold_out(views, share, seed)[1]
+    found = folds(views, held)
+    assert found[0] == held
+    assert sorted(view for fold in found for view in fold) == list(range(views))
+    ends = [part * views // len(held) for part in range(len(held) + 1)]
+    for fold in found:
+        inside = [sum(low <= view < high for view in fold) for low, high in pairwise(ends)]
+        assert max(inside) == 1
+        assert len(fold) == len(held) or fold is found[-1]
+
+
+def test_folds_need_one_view_of_each_part() -> None:
+    with pytest.raises(
+        InputError, match=r"of 2 equal parts of 10 views one each has to be held, not \(0, 1\)"
+    ):
+        folds(10, (0, 1))
 
 
 @given(st.integers(1, 40), st.floats(0.02, 0.98))

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,13 +12,23 @@ from gramian.errors import InputError
 from gramian.imaging.classical import METHODS
 from gramian.imaging.quality import psnr
 from gramian.tasks import classical_choice
-from gramian.tasks.classical_choice import FIXED, MOST, PATIENCE, VARIATIONS, reconstruct, vertex
+from gramian.tasks.classical_choice import (
+    FIXED,
+    MOST,
+    PATIENCE,
+    SHARE,
+    VARIATIONS,
+    VARIED,
+    LeftOut,
+    leave_out,
+    reconstruct,
+    vertex,
+)
 from gramian.tasks.observed_views import Observed
 from tasks.small_scans import phantom_scan, seen
 
 ITERATED = tuple(MOST)
-VARIED = ("fista_tv", "anisotropic_tv", "pdhg_tv")
-SEEK, FINAL = 20, 30
+SEEK, FINAL, CONVERGED = 20, 30, 120
 
 
 @pytest.fixture(autouse=True)
@@ -69,32 +80,81 @@ def test_without_unseen_views_residuals_end_at_the_noise(name: str, monkeypatch:
     assert found.settings["iterations"] < 60
 
 
+def left_out(name: str, observed: Observed, nats: float) -> Tensor:
+    """Return residuals of every view, from an image without it and those as far from the unseen ones."""
+    count, held = len(observed.all.sinogram), observed.unseen_views
+    part, weight = count // len(held), nats * float(observed.all.std.square().mean())
+    found = torch.zeros_like(observed.all.sinogram)
+    for step in range(part):
+        views = [part * place + (view + step) % part for place, view in enumerate(held)]
+        others = observed.all.of_views([view for view in range(count) if view not in views])
+        image = METHODS[name](others.projector, others.sinogram, weight, CONVERGED, **FIXED[name])
+        some = observed.all.of_views(views)
+        found[views] = some.projector.A(image) - some.sinogram
+    return found
+
+
+def energy(residuals: Tensor) -> Tensor:
+    """Squares in the mean of frequencies, of which 0 counts a quarter of the first."""
+    frequency = torch.fft.fftfreq(residuals.shape[-1]).abs()
+    frequency[0] = frequency[1] / 4
+    return (frequency * torch.fft.fft(residuals).abs().square()).sum(-1)
+
+
 @pytest.mark.parametrize("name", VARIED)
-def test_the_weight_of_variation_is_the_one_that_predicts_unseen_views_best(name: str) -> None:
-    observed = seen(share=0.05)
-    assert observed.unseen is not None
-    variance = float(observed.all.std.square().mean())
-
-    def misfit(nats: float) -> float:
-        assert observed.unseen is not None
-        image = kept_by(name, observed, weight=nats * variance, iterations=SEEK)
-        return float(observed.unseen.pixel_misfit(image))
-
-    misfits = [misfit(nats) for nats in VARIATIONS]
+def test_the_weight_of_variation_is_the_one_by_which_views_that_are_left_out_err_least(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classical_choice, "SEEK", CONVERGED)
+    observed = seen(share=0.1)
+    left = leave_out(observed, name)
+    assert left is not None
+    some = VARIATIONS[1:5]
+    by_weight = [left_out(name, observed, nats) for nats in some]
+    energies = [float(energy(each).sum()) for each in by_weight]
+    least = energies.index(min(energies))
+    assert 0 < least < len(some) - 1
+    around = slice(least - 1, least + 2)
+    square, slope, _ = np.polyfit(np.log(some[around]), energies[around], 2)
+    assert left.variation == pytest.approx(SHARE * math.exp(-slope / (2 * square)), rel=0.1)
+    assert min(energies) < 0.9 * max(energies)  # control: the choice matters
     found = reconstruct(name, observed)
-    nats = found.settings["weight"]
-    assert set(found.settings) == {"weight", "iterations"}
-    best = VARIATIONS[misfits.index(min(misfits))]
-    assert best / 2**0.5 <= nats <= best * 2**0.5
-    assert nats not in VARIATIONS  # but between them
-    assert misfit(nats) < sorted(misfits)[1]
-    assert min(misfits) < 0.9 * max(misfits)  # control: the choice matters
-    assert found.settings["iterations"] == FINAL
-    rays = observed.all
-    wanted = METHODS[name](rays.projector, rays.sinogram, nats * variance, FINAL, box=(0.0, 1.0))
+    assert found.settings == {"weight": pytest.approx(left.variation), "iterations": FINAL}
+    assert reconstruct(name, observed, LeftOut(3.0, 5.0)).settings["weight"] == pytest.approx(3.0)
+    rays, variance = observed.all, float(observed.all.std.square().mean())
+    wanted = METHODS[name](rays.projector, rays.sinogram, left.variation * variance, FINAL, box=(0.0, 1.0))
     torch.testing.assert_close(found.image, wanted, rtol=0, atol=1e-5)
-    middle = reconstruct(name, observed.whole).settings
-    assert middle == {"weight": pytest.approx(8.0), "iterations": FINAL}
+
+
+def test_without_unseen_views_the_weight_is_in_the_middle() -> None:
+    assert leave_out(seen().whole) is None
+    assert reconstruct("fista_tv", seen().whole).settings == {
+        "weight": pytest.approx(8.0),
+        "iterations": FINAL,
+    }
+
+
+@pytest.mark.parametrize("least", [0, 1, 4, 5])
+def test_the_best_weight_is_found_from_the_middle(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a method whose images are wrong by how far its weight is from one."""
+    observed, tried = seen(share=0.1), set[float]()
+    variance, best = float(observed.all.std.square().mean()), VARIATIONS[least]
+
+    def method(projector: Any, sinogram: Tensor, weight: float, iterations: int, **_: Any) -> Tensor:
+        tried.add(round(weight / variance))
+        return observed.scan.truth * (1 + math.log(weight / variance / best))
+
+    monkeypatch.setitem(METHODS, "fista_tv", method)
+    found = leave_out(observed)
+    assert found is not None
+    assert found.variation == pytest.approx(SHARE * best, rel=0.1)
+    assert best in tried
+    assert len(tried) == {0: 5, 1: 5, 4: 4, 5: 4}[least]
+
+
+def test_what_has_no_total_variation_has_no_weight() -> None:
+    with pytest.raises(InputError, match="'sirt' has no total variation to weigh; choose one of fista_tv"):
+        leave_out(seen(), "sirt")
 
 
 @pytest.mark.parametrize("least", [1.6, 4.0, 9.7, 11.0])

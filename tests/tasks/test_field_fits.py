@@ -69,7 +69,7 @@ def test_a_small_field_beats_filtered_backprojection(tmp_path: Path) -> None:
     """With data in closed form, which no matrix of ours made."""
     scan = Source(size=24, views=20).load()
     observed = observe(scan, held_out=0.1)
-    job = Job(network=Network(width=32), fit=settings(250, learning_rate=0.02, patience=1.0))
+    job = Job(network=Network(width=32), fit=settings(500, learning_rate=0.05, patience=1.0))
     found = fitted_in(tmp_path / "fit", job, observed)
     fbp = reconstruct("fbp", observed).image
     assert psnr(shown(found), scan.truth) > psnr(fbp, scan.truth) + 3
@@ -298,7 +298,7 @@ def test_networks_are_what_their_settings_say() -> None:
         assert isinstance(field, Field)
         assert isinstance(field.encoding, kinds[name])
         rates = [part.p for part in field.modules() if isinstance(part, torch.nn.Dropout)]
-        assert rates == [0.05] * 3
+        assert rates == [0.05] * (1 if name == "hash" else 3)
     assert made["hash"].encoding.resolutions[-1] == 32
     assert sum(isinstance(part, Sine) for part in made["sine"].modules()) == 4
     plain = Network().build(32, 0, dropout=False)

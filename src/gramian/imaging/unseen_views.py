@@ -27,8 +27,8 @@ FEWEST_VIEWS = 5
 """Fewest views of which two can be held out and most kept."""
 LARGEST = 100.0
 """The largest factor: samples that need more differ by chance or rounding."""
-TAILS = 3.0
-"""Degrees of freedom of spread samples, chosen on fourteen reconstructions of validation slices of CT."""
+TAILS = 4.0
+"""Degrees of freedom of spread samples, chosen on four reconstructions of validation slices of CT."""
 
 
 def hold_out(views: int, share: float = 0.1, seed: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -201,75 +201,44 @@ class SpreadFactor:
     factor: float
     """s: 1 where samples spread as they should, above it where they are too sure of themselves."""
     error: float
-    """Standard error of s, from how differently views ask for it; NaN with one view."""
+    """Standard error of s, from the median distance of views from their median; NaN with one view."""
     gain: float
     """Mean log likelihood of a ray at s above that at 1, in nats; below 0 where rays ask for less."""
     capped: bool
     """Whether s is the largest that is allowed: the samples hardly differ where the rays meet them."""
 
 
-def spread_factor(check: ViewCheck, usual: float = 1.0) -> SpreadFactor:
+def spread_factor(check: ViewCheck) -> SpreadFactor:
     """Return the factor on deviations from the mean with which samples err as much as their mean does.
 
-        s² = u Σ |ω| (|F(y − A m)|² − E|F n|²) / ((1 + 1/K) Σ |ω| Var_k F(A x_k)),  sums over views and ω
+        s² = median over views of Σ |ω| (|F(y − A m)|² − E|F n|²) / ((1 + 1/K) Σ |ω| Var_k F(A x_k))
 
     F is the Fourier transform of a view along its detectors, ω its frequency (a quarter of the first one for
     the mean), n the noise and Var_k the variance over K samples; a negative s² becomes 0. Since views are
     slices of the image's Fourier transform, Σ |ω| |F A e|² over all angles is the squared norm of an image e
     of errors, so that pixels are compared with pixels. A factor by the likelihood of rays can miss that on
     either side: where deviations alternate from pixel to pixel and errors do not, they cancel along rays, and
-    it is too large.
-
-    Few views may be easy or hard ones to foretell, by what they cross and by their noise. `usual_error` of a
-    cheap method that leaves out every view in turn says so, and u takes it out.
+    it is too large. The median is over few views of which one may stand out, along the straight edges of a
+    table, or by its noise.
 
     What the mean, the noise level and the projector get wrong counts as missing spread. The views that chose
     s cannot judge it; that takes others.
 
-    Args:
-        check: held-out views.
-        usual: u, the energy of errors on all views over that on these.
-
     Raises: InputError where the samples agree on every ray.
-    Holds: in expectation of both sums, for a perfect sampler s = 1, whatever K; what it says of pixels holds
-        for parallel beams with detectors as narrow as pixels, about so for fans, and between few views by
-        chance alone.
+    Holds: in expectation of a view's sums, for a perfect sampler s = 1, whatever K, and the median of skewed
+        ones a little below; what it says of pixels holds for parallel beams with detectors as narrow as
+        pixels, about so for fans, and between few views by chance alone.
     """
     residuals, spread = _energies(check)
     if not spread.any():
         raise InputError("all samples foretell the same of the held-out views, so no factor spreads them")
-    square = max(usual * float(residuals.sum() / spread.sum()), 0.0)
+    ratios = torch.where(spread > 0, residuals / spread, torch.where(residuals > 0, math.inf, 0.0))
+    square = max(_median(ratios), 0.0)
     factor = min(math.sqrt(square), LARGEST)
     squares = (check.sinogram - check.prediction.mean).square()
     variance, noise = check.prediction.variance, check.prediction.aleatoric
     found, one = (_log_likelihood(s, squares, variance, noise) for s in (factor, 1.0))
-    return SpreadFactor(
-        factor, _error(usual * residuals, spread, square), (found - one) / squares.numel(), factor >= LARGEST
-    )
-
-
-def usual_error(
-    residuals: Float[Tensor, "views detectors"],
-    variance: Float[Tensor, "views detectors"],
-    held: Sequence[int],
-) -> float:
-    """Return how much larger a method's errors are on all views than on some, each left out of its image.
-
-        u = mean over views of Σ |ω| (|F r|² − E|F n|²) / the same over held views
-
-    It is 1 where noise hides either of the errors.
-
-    Args:
-        residuals: of every view, from an image that was reconstructed without it.
-        variance: σ² of their noise.
-        held: the views to compare with.
-
-    Shapes: (views, detectors) both.
-    Holds: exactly.
-    """
-    errors = pixel_energy(residuals) - noise_energy(variance)
-    every, some = float(errors.mean()), float(errors[list(held)].mean())
-    return every / some if min(every, some) > 0 else 1.0
+    return SpreadFactor(factor, _error(ratios, square), (found - one) / squares.numel(), factor >= LARGEST)
 
 
 def check_tails(tails: float | None) -> None:
@@ -341,15 +310,20 @@ def _frequencies(views: Tensor) -> Float[Tensor, " detectors"]:
     return frequency
 
 
-def _error(residuals: Tensor, spread: Tensor, square: float) -> float:
-    """Give the standard error of s, by that of a ratio of sums over views, to first order."""
-    views = len(residuals)
-    if views < 2:
+def _median(values: Float[Tensor, " views"]) -> float:
+    """Give the median, of an even number the mean of the middle two."""
+    ordered = values.sort().values
+    return float(ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+
+
+def _error(ratios: Float[Tensor, " views"], square: float) -> float:
+    """Give the standard error of s by that of a median of Gaussian s², √(π/2)/Φ⁻¹(¾) MAD/√views."""
+    if len(ratios) < 2:
         return math.nan
-    if not square:
+    if not 0 < square < math.inf:
         return 0.0
-    away = float((residuals - square * spread).square().sum()) * views / (views - 1)
-    return math.sqrt(away) / float(spread.sum()) / (2 * math.sqrt(square))
+    away = math.sqrt(math.pi / 2) / 0.6745 * _median((ratios - square).abs())
+    return away / math.sqrt(len(ratios)) / (2 * math.sqrt(square))
 
 
 def _spread(samples: Tensor, mean: Tensor, factor: float, tails: float | None) -> Tensor:

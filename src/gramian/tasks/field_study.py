@@ -124,23 +124,20 @@ def _fields(observed: Observed, left: LeftOut, seed: int, config: FieldStudy, fo
     for masks in (False, True):
         members = config.doubt.members if config.ensembles else 1
         job = Job(members=members, dropout=masks, network=config.network, fit=settings)
-        fits = _fitted(
-            job.weighed(left.variation), observed, folder / ("dropout" if masks else "plain"), console
-        )
+        job = job.weighed(left.variation)
+        fits = _fitted(job, observed, folder / ("dropout" if masks else "plain"), console)
         seconds, count = sum(each.seconds for each in fits), job.members
         alone = first(fits[0], observed), first(fits[1], observed)
         if masks:
-            yield _drawn("field, dropout", "dropout", alone, observed, left, seconds / count, config)
+            yield _drawn("field, dropout", "dropout", alone, observed, seconds / count, config)
             if config.ensembles:
-                yield _drawn(
-                    f"{count} fields, dropout", "dropout_ensemble", fits, observed, left, seconds, config
-                )
+                yield _drawn(f"{count} fields, dropout", "dropout_ensemble", fits, observed, seconds, config)
             continue
         yield _of_image("field", alone[1].members(1)[0].detach(), observed, seconds / count)
         if config.ensembles:
-            yield _drawn(f"{count} fields", "ensemble", fits, observed, left, seconds, config)
+            yield _drawn(f"{count} fields", "ensemble", fits, observed, seconds, config)
         for name in config.around:
-            yield _drawn(f"field, {name}", name, alone, observed, left, seconds / count, config)
+            yield _drawn(f"field, {name}", name, alone, observed, seconds / count, config)
 
 
 def _fitted(job: Job, observed: Observed, folder: Path, console: Console) -> tuple[Fitted, Fitted]:
@@ -168,7 +165,6 @@ def _drawn(
     method: str,
     fits: tuple[Fitted, Fitted],
     observed: Observed,
-    left: LeftOut,
     seconds: float,
     config: FieldStudy,
 ) -> Row:
@@ -180,7 +176,7 @@ def _drawn(
         for fitted, seen in zip(fits, (observed, observed.whole), strict=True)
     )
     check = check_views(judged.samples, unseen.projector, unseen.sinogram, unseen.std)
-    factor = spread_factor(check, left.usual).factor
+    factor = spread_factor(check).factor
     raw = last.samples.cpu()
     laws = [Predictive.from_samples(each) for each in (raw, rescaled(raw, factor, UNIT, config.tails))]
     image = image_scores(laws[1].mean, truth)

@@ -215,7 +215,7 @@ def reconstructed(
         return Reconstruction(observed, own.image, None, beside, None, None, None, None, folder, own=own)
     job = config.job if left is None else config.job.weighed(left.variation)
     try:
-        return _fitted(config, job, observed, beside, left, folder, console)
+        return _fitted(config, job, observed, beside, folder, console)
     except StoppedError:
         _keep_best(job, observed, folder, console)
         raise
@@ -248,7 +248,6 @@ def _fitted(
     job: Job,
     observed: Observed,
     beside: tuple[Classical, ...],
-    left: LeftOut | None,
     folder: Path,
     console: Console,
 ) -> Reconstruction:
@@ -259,7 +258,7 @@ def _fitted(
         if config.doubt.uncertainty != "none":
             judged = draw(fitted, observed, config.doubt, console).samples
             check = check_views(judged, unseen.projector, unseen.sinogram, unseen.std)
-            spread = spread_factor(check, 1.0 if left is None else left.usual)
+            spread = spread_factor(check)
         if config.fit.finish:
             fitted = finish(fitted, observed, folder / "finish", console)
     seen = observed.whole if config.fit.finish else observed
