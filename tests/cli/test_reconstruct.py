@@ -146,7 +146,7 @@ def test_a_classical_method_alone(runs, tmp_path: Path, capsys) -> None:
     assert run(["reconstruct", *arguments, *runs]) == 0
     said, folder = capsys.readouterr().out, tmp_path / "runs" / "reconstruct"
     assert said.count("\n sirt") == 1
-    assert "Settings of classical methods were chosen by the unseen views, not by the truth: sirt" in said
+    assert "Settings of classical methods were chosen by views that were left out, not by the truth: sirt" in said
     assert files(folder) == IMAGES
     assert found(folder)["chosen"]["sirt"]["iterations"] > 1
 

@@ -136,7 +136,7 @@ def test_honest_narrow_and_wide_samples_are_told_apart(made) -> None:
 def test_cautions_come_with_what_they_warn_of(made) -> None:
     text = " ".join(cautions(made, CONFIG))
     assert "Error bars are checked along rays only" in text
-    assert "chosen by the unseen views, not by the truth: sirt iterations" in text
+    assert "chosen by views that were left out, not by the truth: sirt iterations" in text
     assert "No view was kept" not in text
     assert "Few unseen views" not in text
     few = replace(made, observed=replace(made.observed, unseen_views=(3, 9)))

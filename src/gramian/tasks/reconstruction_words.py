@@ -224,7 +224,7 @@ def cautions(found: Reconstruction, config: ReconstructConfig) -> list[str]:
         said.append("No uncertainty was asked for; --uncertainty dropout gives error bars.")
     chosen = [row for row in rows(found, config) if row.settings]
     if chosen:
-        by = "the unseen views" if found.observed.unseen is not None else "the size of the noise"
+        by = "views that were left out" if found.observed.unseen is not None else "the size of the noise"
         names = "; ".join(f"{row.name} {row.settings}" for row in chosen)
         said.append(f"Settings of classical methods were chosen by {by}, not by the truth: {names}.")
     return said
