@@ -16,6 +16,7 @@ from gramian.cli.main import run
 from gramian.imaging.geometry import ParallelBeam, evenly
 from gramian.imaging.noise import GaussianNoise
 from gramian.imaging.phantoms import shepp_logan, sinogram
+from gramian.tasks import classical_choice
 from gramian.tasks.scans import Source
 from gramian.train.loop import Trainer
 
@@ -23,6 +24,11 @@ QUICK = ["--steps", "20", "--samples", "6", "--compare", "fbp", "--device", "cpu
 SMALL = ["--size", "24", "--views", "20"]
 IMAGES = ["image.npy", "image.png"]
 DOUBT = ["lower.npy", "std.npy", "std.png", "upper.npy"]
+
+
+@pytest.fixture(autouse=True)
+def few_iterations_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classical_choice, "SEEK", 10)
 
 
 @pytest.fixture
@@ -146,7 +152,10 @@ def test_a_classical_method_alone(runs, tmp_path: Path, capsys) -> None:
     assert run(["reconstruct", *arguments, *runs]) == 0
     said, folder = capsys.readouterr().out, tmp_path / "runs" / "reconstruct"
     assert said.count("\n sirt") == 1
-    assert "Settings of classical methods were chosen by views that were left out, not by the truth: sirt" in said
+    assert (
+        "Settings of classical methods were chosen by views that were left out, not by the truth: sirt"
+        in said
+    )
     assert files(folder) == IMAGES
     assert found(folder)["chosen"]["sirt"]["iterations"] > 1
 
