@@ -1,4 +1,7 @@
-"""Bands around predictions that hold a share of what was not fitted, with nothing assumed of their law."""
+"""Bands around predictions that hold a share of what was not fitted, with nothing assumed of their law.
+
+Of views they promise what views can tell; of pixels `image_conformal` does, and needs true images.
+"""
 
 import math
 from collections.abc import Sequence

@@ -1,9 +1,8 @@
 """What a scan alone can tell of the error bars of its image: views that were not fitted, foretold.
 
-All but `image_conformal`, which needs true images, judges measurements. A structure that no held-out ray
-sees changes none of them, so its error bars stay unjudged, and of the pixels along a ray only the sum is
-judged. Error bars belong to the views that were fitted: that a factor found with some views held out also
-suits a fit of all is an assumption.
+Measurements are judged. A structure that no held-out ray sees changes none of them, so its error bars stay
+unjudged, and of the pixels along a ray only the sum is judged. Error bars belong to the views that were
+fitted: that a factor found with some views held out also suits a fit of all is an assumption.
 """
 
 import math
@@ -131,7 +130,7 @@ class ViewCheck:
 
 
 def pixel_energy(views: Float[Tensor, "*batch views detectors"]) -> Float[Tensor, "*batch views"]:
-    """Return what each view says of the energy of the image that it is a projection of.
+    """Return what each view says of the sum of squares of the image that it is a projection of.
 
         Σ |ω| |F v|²,  F the Fourier transform along the detectors, ω its frequency (a quarter of the first
         one for the mean)
@@ -141,7 +140,8 @@ def pixel_energy(views: Float[Tensor, "*batch views detectors"]) -> Float[Tensor
 
     Shapes: (*batch, views, detectors) -> (*batch, views).
     Holds: in the mean over many angles, for parallel beams with detectors as narrow as pixels; about so for
-        fans.
+        fans. Joseph's beams blur what alternates between neighbours, of which it tells less.
+    Source: the Fourier slice theorem, Bracewell 1956, doi 10.1071/PH560198.
     """
     return (_frequencies(views) * torch.fft.fft(views).abs().square()).sum(-1)
 
