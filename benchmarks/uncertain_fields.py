@@ -5,7 +5,7 @@
 DATA is a folder of square slices in [0, 1], test_*.npy, and val_*.npy for the data of
 `classical_reconstruction.py`, by which sinograms are made here too. One fit of five members gives the rows of
 one field, of an ensemble, and of the posteriors around the first member; one with dropout the other two. A
-tenth of the views is unseen at first: it ends fits, chooses the settings of the classical methods and the
+tenth of the views is unseen at first: it ends fits, chooses iterations of the classical methods and the
 factor on the spread of samples; then it is given back. What a stopped run has fitted is not fitted again.
 """
 
@@ -120,7 +120,7 @@ def main() -> None:
     rows = study(measurements, config, given.runs / f"{given.size}-{given.views}", Console(soft_wrap=True))
     count = f"{given.slices} slices {given.pattern}, seeds {', '.join(map(str, given.seeds))}"
     law = "no t distribution" if given.tails is None else f"a t distribution of {given.tails:g} degrees"
-    weight = "as unseen views choose" if given.variation is None else f"{given.variation:g}"
+    weight = "as views left out choose" if given.variation is None else f"{given.variation:g}"
     head = [
         f"{given.size} × {given.size} pixels, {given.views} views, noise of {DECIBEL:g} dB, {count}: mean ± "
         f"standard deviation over both. Fields: hash grids, {given.steps} steps and {given.finish:g} as many "

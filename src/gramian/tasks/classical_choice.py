@@ -1,9 +1,10 @@
-"""Classical reconstructions of a scan, with settings that unseen views choose and no ground truth."""
+"""Classical reconstructions of a scan, with settings that views left out choose and no ground truth."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -69,18 +70,31 @@ def check_classical(names: tuple[str, ...]) -> None:
 class LeftOut:
     """What a method with total variation says of a scan whose views it leaves out in turn."""
 
+    name: str
+    """Of the method."""
     variation: float
-    """The weight with which it predicts them best, in nats, times `SHARE`."""
+    """The weight with which it predicts them best, in nats, times `SHARE`; to three digits, so that machines
+    which round differently agree."""
     seconds: float
+    """That it took."""
 
 
-def leave_out(observed: Observed, name: str = "fista_tv") -> LeftOut | None:
+def leave_out(
+    observed: Observed, name: str = "fista_tv", progress: Callable[[int], None] | None = None
+) -> LeftOut | None:
     """Reconstruct a scan without each of its views, by several weights of total variation.
+
+        β = .85 argmin Σ |ω| |F(y − A x_β)|²  over views y and images x_β of the others
 
     As many views at a time are left out as are unseen. From the middle of the weights on trial neighbours are
     tried for as long as the energy of errors at pixels falls; a parabola through the three least in log
     weight is least at the best. The unseen views alone say little of a weight: what they cross may be smooth
     or not.
+
+    Args:
+        observed: the scan; its unseen views are the first to be left out.
+        name: of the method.
+        progress: told how many reconstructions there were.
 
     Returns: None where no view is unseen.
     Raises: InputError for a method without total variation, and as the methods.
@@ -90,43 +104,45 @@ def leave_out(observed: Observed, name: str = "fista_tv") -> LeftOut | None:
     if observed.unseen is None:
         return None
     began, rays = time.perf_counter(), observed.all
-    variance, parts = float(rays.std.square().mean()), tuple(observed.left_out())
-    images: list[Tensor | None] = [None] * len(parts)
+    variance, images, done = float(rays.std.square().mean()), dict[tuple[int, ...], Tensor](), count(1)
 
     def residuals(nats: float) -> Tensor:
         found = torch.zeros_like(rays.sinogram)
-        for place, (fold, others) in enumerate(parts):
-            start, views = images[place], list(fold)
+        for fold, others in observed.left_out():
+            start, views = images.get(fold), list(fold)
             steps = SEEK if start is None else SEEK // 2
             given = others.projector, others.sinogram, nats * variance, steps
-            image = images[place] = METHODS[name](*given, start=start, **FIXED[name])
-            found[views] = (rays.projector.A(image) - rays.sinogram)[views]
+            images[fold] = METHODS[name](*given, start=start, **FIXED[name])
+            found[views] = (rays.projector.A(images[fold]) - rays.sinogram)[views]
+            if progress is not None:
+                progress(next(done))
         return found
 
     with torch.no_grad():
         best, energies = MIDDLE, dict[int, float]()
         while True:
             for place in {best - 1, best, best + 1} & set(range(len(VARIATIONS))) - set(energies):
-                energies[place] = float(pixel_energy(residuals(VARIATIONS[place])).sum())
+                energies[place] = float(pixel_energy(residuals(VARIATIONS[place]).double()).sum())
             best, last = min(energies, key=energies.__getitem__), best
             if best == last:
                 break
     tried = sorted(energies)
     variation = vertex([VARIATIONS[place] for place in tried], [energies[place] for place in tried])
-    return LeftOut(SHARE * variation, time.perf_counter() - began)
+    return LeftOut(name, float(f"{SHARE * variation:.3g}"), time.perf_counter() - began)
 
 
 def reconstruct(name: str, observed: Observed, known: LeftOut | None = None) -> Classical:
     """Reconstruct all views by a method, with the settings that predict unseen views best.
 
     The number of iterations is chosen by the kept views' reconstructions as `Rays.pixel_misfit` judges them,
-    the weight of total variation by `leave_out`, unless what that says is known.
-    Without unseen views iterations end where the residuals are nearest the noise, and the weight is
-    in the middle of those on trial.
+    the weight of total variation by `leave_out`, unless what it says of this method is known. Without unseen
+    views iterations end where the residuals are nearest the noise, and the weight is in the middle of those
+    on trial.
 
     Raises: InputError for a method that does not exist, and as the methods.
     """
     check_classical((name,))
+    known = known if known is not None and known.name == name else None
     began = time.perf_counter() - (known.seconds if known else 0.0)
     fixed, rays = FIXED.get(name, {}), observed.all
     with torch.no_grad():
@@ -153,7 +169,9 @@ def _chosen(name: str, observed: Observed, known: LeftOut | None) -> dict[str, A
 def vertex(places: Sequence[float], values: Sequence[float]) -> float:
     """Return where a parabola through the least value and its neighbours is least, in log place.
 
-    Places are at equal ratios. At either end it is that place.
+        p r^{(v₋ − v₊)/(2(v₋ − 2v + v₊))},  p the place of the least value v, r the ratio of places
+
+    Holds: exactly for parabolas in log place; at either end it is that place.
     """
     least = min(range(len(values)), key=values.__getitem__)
     if not 0 < least < len(values) - 1:

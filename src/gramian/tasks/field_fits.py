@@ -34,7 +34,7 @@ BEST = "best.safetensors"
 RATES = {"pixels": 5e-2, "hash": 1e-2, "fourier": 1e-3, "sine": 3e-4}
 """Learning rates of Adam when none is given."""
 
-LAYERS = {"hash": 0, "fourier": 2, "sine": 2}
+DEPTHS = {"hash": 0, "fourier": 2, "sine": 2}
 """Hidden layers after the first when no depth is given."""
 
 VARIATION = 8.0
@@ -79,7 +79,7 @@ class Network:
     @property
     def layers(self) -> int:
         """Hidden layers after the first."""
-        return LAYERS[self.encoding] if self.depth is None else self.depth
+        return DEPTHS[self.encoding] if self.depth is None else self.depth
 
     @property
     def least_parameters(self) -> int:

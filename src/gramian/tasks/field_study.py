@@ -39,8 +39,8 @@ class FieldStudy:
     """Posteriors around the first field: last_layer, laplace, variational or hmc."""
     classical: tuple[str, ...] = ("fbp", "sirt", "fista_tv")
     held_out: float = 0.1
-    """Share of the views that are unseen at first: they end fits, choose the settings of classical methods
-    and the factor on the spread of samples; then they are given back."""
+    """Share of the views that are unseen at first: they end fits, choose iterations of classical methods and
+    the factor on the spread of samples; then they are given back."""
     tails: float | None = TAILS
     """Degrees of freedom of samples that are spread; None leaves their own tails."""
     seeds: tuple[int, ...] = (0, 1)
@@ -110,7 +110,7 @@ def study(scans: Sequence[Scan], config: FieldStudy, folder: Path, console: Cons
 
 def _without_draws(observed: Observed, left: LeftOut, config: FieldStudy, folder: Path) -> Iterator[Row]:
     for name in config.classical:
-        found = reconstruct(name, observed, left if name == "fista_tv" else None)
+        found = reconstruct(name, observed, left)
         yield _of_image(name, found.image, observed, found.seconds)
     settings = replace(config.fit, steps=PIXEL_STEPS * config.fit.steps, seed=config.seeds[0])
     job = Job(pixels=True, fit=settings).weighed(left.variation)

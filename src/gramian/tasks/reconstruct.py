@@ -56,8 +56,9 @@ class ReconstructConfig:
     fit: Fit = field(default_factory=Fit)
     doubt: Doubt = field(default_factory=Doubt)
     held_out: float = 0.1
-    """Share of the views that nothing is fitted to: they end the fit, judge the error bars and choose the
-    settings of classical methods. 0 fits all views and judges nothing."""
+    """Share of the views that nothing is fitted to: they end the fit, judge the error bars and choose
+    iterations of classical methods; as many at a time, all views are left out in turn to choose the weight of
+    total variation. 0 fits all views and judges nothing."""
     outline: bool = True
     """Leave pixels empty that several views see through."""
     recalibrate: bool = True
@@ -204,14 +205,11 @@ def reconstructed(
     config: ReconstructConfig, observed: Observed, folder: Path, console: Console
 ) -> Reconstruction:
     """Reconstruct what was observed; the fit is kept in a run folder inside."""
-    left = None
-    if config.method in FITTED or "fista_tv" in (config.method, *config.compare):
-        with console.status("leaving out views in turn"):
-            left = leave_out(observed)
+    left = _left_out(config, observed, console)
     beside = _beside(config, observed, left, console)
     if config.method not in FITTED:
         with console.status(f"reconstructing by {config.method}"):
-            own = reconstruct(config.method, observed, _known(config.method, left))
+            own = reconstruct(config.method, observed, left)
         return Reconstruction(observed, own.image, None, beside, None, None, None, None, folder, own=own)
     job = config.job if left is None else config.job.weighed(left.variation)
     try:
@@ -221,9 +219,16 @@ def reconstructed(
         raise
 
 
-def _known(name: str, left: LeftOut | None) -> LeftOut | None:
-    """Return what FISTA-TV said, for itself."""
-    return left if name == "fista_tv" else None
+def _left_out(config: ReconstructConfig, observed: Observed, console: Console) -> LeftOut | None:
+    """Leave out views in turn where FISTA-TV or a fit needs the weight of total variation."""
+    weighed = config.method in FITTED and config.fit.variation is None
+    if not weighed and "fista_tv" not in (config.method, *config.compare):
+        return None
+    with console.status("leaving out views in turn") as status:
+        return leave_out(
+            observed,
+            progress=lambda done: status.update(f"leaving out views in turn, {done} reconstructions"),
+        )
 
 
 def _beside(
@@ -236,7 +241,7 @@ def _beside(
             continue
         try:
             with console.status(f"reconstructing by {name}"):
-                found.append(reconstruct(name, observed, _known(name, left)))
+                found.append(reconstruct(name, observed, left))
         except InputError as error:
             said = f"note: {name} is left out: {error}"
             console.print(said, highlight=False, markup=False, soft_wrap=True)
