@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import gramian
@@ -134,34 +135,31 @@ def test_divergence_says_the_step_and_keeps_the_last_good_checkpoint(tmp_path, s
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_stopped_process_resumes_to_bit_identical_weights(tmp_path, story, number) -> None:
-    def start(name: str, *more: str) -> subprocess.Popen:
-        arguments = small("train", tmp_path, story, "--name", name, "--steps", "400", *more)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, "-m", "gramian", *arguments],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    def arguments(name: str, *more: str) -> list[str]:
+        return small("train", tmp_path, story, "--name", name, "--steps", "400", *more)
 
-    whole, part = start("whole"), start("part")
     record = tmp_path / "runs" / "part" / "readings.jsonl"
     deadline = time.monotonic() + 120
-    while not (record.exists() and record.read_text().count('"train"') > 50) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    part.send_signal(number)
-    assert part.wait(60) == 130
-    said = part.stderr.read()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        [sys.executable, "-m", "gramian", *arguments("part")],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as part:  # fmt: skip
+        while not (record.exists() and record.read_text().count('"train"') > 50):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        part.send_signal(number)
+        said = part.communicate(timeout=60)[1]
+    assert part.returncode == 130
     assert f"stopped by {number.name} and saved" in said
     assert "Traceback" not in said
     steps = int(re.search(r"pre_norm at step (\d+)", said)[1])
     assert 50 <= steps < 400
-    resumed = start("part", "--resume")
-    assert resumed.wait(120) == 0, resumed.stderr.read()
-    assert whole.wait(120) == 0, whole.stderr.read()
+    assert run(arguments("part", "--resume")) == 0
+    assert run(arguments("whole")) == 0
     one, two = (
         load_file(tmp_path / "runs" / name / "checkpoints" / "step-00000400" / "model.safetensors")
         for name in ("whole", "part")
     )
     assert one.keys() == two.keys()
     assert all((one[name] == two[name]).all() for name in one)
-    for process in (whole, part, resumed):
-        process.stderr.close()

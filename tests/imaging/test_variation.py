@@ -123,6 +123,35 @@ def test_the_weight_scales_with_the_square_of_the_data() -> None:
         assert not torch.allclose(method(scaled, 0.1 * y, 0.3, 50), one, rtol=1e-2)  # control
 
 
+@pytest.mark.parametrize(("method", "steps"), [(fista_tv, 300), (pdhg_tv, 1000)])
+def test_rays_count_as_much_as_their_precision(method, steps: int) -> None:
+    """As if rows of the map and measurements were multiplied by its square root; several sets at once."""
+    projector, scaled = Dense(), Dense()
+    _, y = noisy(projector)
+    given = 3 * torch.rand(2, *y.shape, generator=generator(5), dtype=F64)
+    given[0, 1::2] = 0  # views that are left out
+    found = method(projector, y.expand(2, *y.shape), 0.2, steps, precision=given)
+    for each, precision in zip(found, given, strict=True):
+        root = precision.sqrt()
+        scaled.matrix = root.reshape(-1, 1) * projector.matrix
+        wanted = method(scaled, root * y, 0.2, steps)
+        torch.testing.assert_close(each, wanted, rtol=0, atol=5e-4)
+    wrong = torch.stack((torch.where(given[0] == 0, 100 * y, y), y))
+    torch.testing.assert_close(method(projector, wrong, 0.2, steps, precision=given), found)
+    assert float((found[0] - method(projector, y, 0.2, steps)).abs().max()) > 0.05  # control
+    even = method(projector, y, 0.2, 20, precision=torch.ones(()))
+    torch.testing.assert_close(even, method(projector, y, 0.2, 20))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("method", [fista_tv, pdhg_tv])
+def test_a_precision_that_weighs_no_ray_is_refused(method, value: float) -> None:
+    y = torch.ones(5, 6, dtype=F64)
+    for wrong in (torch.full((5, 6), value), torch.ones(4)):
+        with pytest.raises(InputError, match=r"precision of rays has to be at least 0.* of \(5, 6\)"):
+            method(Dense(), y, 1.0, precision=wrong)
+
+
 def test_without_weight_the_problem_is_least_squares() -> None:
     projector = Dense(blind=False)
     truth, _ = noisy(projector)

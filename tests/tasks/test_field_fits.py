@@ -60,11 +60,6 @@ def written(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
 def test_a_small_field_beats_filtered_backprojection(tmp_path: Path) -> None:
     """With data in closed form, which no matrix of ours made."""
     scan = Source(size=24, views=20).load()

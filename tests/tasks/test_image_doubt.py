@@ -3,7 +3,7 @@
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -32,17 +32,15 @@ def doubt(name: str, **more: float) -> Doubt:
 
 
 @pytest.fixture(scope="module")
-def fits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fitted]]:
+def fits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fitted]:
     """One fit of each kind that methods start from."""
-    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("fits")
-    patch.setattr(os, "fsync", lambda _: None)
+    folder = tmp_path_factory.mktemp("fits")
     jobs = {"pixels": Job(pixels=True, fit=settings(WHOLE))}
     for name in ("none", "ensemble", "dropout", "dropout_ensemble"):
         kind = doubt(name)
         network = replace(NETWORK, dropout=0.3)
         jobs[name] = Job(members=kind.fields, dropout=kind.dropout, network=network, fit=settings(WHOLE))
-    yield {name: fitted_in(folder / name, job, seen(**SCAN)) for name, job in jobs.items()}
-    patch.undo()
+    return {name: fitted_in(folder / name, job, seen(**SCAN)) for name, job in jobs.items()}
 
 
 def drawn(fits: dict[str, Fitted], name: str, pixels: bool = False, seed: int = 0, **more: float) -> Drawn:

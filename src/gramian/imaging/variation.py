@@ -1,11 +1,13 @@
 """Reconstruction with little total variation: its value, its proximal map, and two solvers of one problem.
 
-    min ½ ‖A x − y‖² + λ TV(x)   over images in a box
+    min ½ Σ p (A x − y)² + λ TV(x)   over images in a box
 
-λ has the unit of y² over that of x: who scales A and y by c has to scale λ by c².
+λ has the unit of y² over that of x: who scales A and y by c has to scale λ by c². Precisions p are 1 unless
+they are given; rays of precision 0 are left out.
 """
 
 import math
+from contextlib import suppress
 
 import torch
 from jaxtyping import Float
@@ -102,6 +104,7 @@ def fista_tv(
     iterations: int = 150,
     *,
     inner: int = 10,
+    precision: Float[Tensor, "..."] | None = None,
     isotropic: bool = True,
     box: Box = UNIT,
     start: Float[Tensor, "*batch n n"] | None = None,
@@ -109,25 +112,26 @@ def fista_tv(
 ) -> Float[Tensor, "*batch n n"]:
     """Reconstruct with little total variation by accelerated proximal gradients.
 
-        min ½ ‖A x − y‖² + λ TV(x) over the box
-        x ← prox(z − Aᵀ(A z − y)/L),  z ← x + (t − 1)/t⁺ (x − x⁻),  L = 1.02 λ_max(AᵀA)
+        min ½ Σ p (A x − y)² + λ TV(x) over the box
+        x ← prox(z − Aᵀ p(A z − y)/L),  z ← x + (t − 1)/t⁺ (x − x⁻),  L = 1.02 λ_max(AᵀA) max p
 
     The proximal map is solved by `inner` steps from the last one's dual image.
 
-    Shapes: (*batch, views, detectors) -> (*batch, n, n).
-    Raises: InputError for a sinogram that is not finite, a negative weight or number of iterations, and an
-        empty box.
+    Shapes: (*batch, views, detectors) -> (*batch, n, n); precision p broadcasts to the sinogram.
+    Raises: InputError for a sinogram that is not finite, a precision that is negative or 0 throughout, a
+        negative weight or number of iterations, and an empty box.
     Holds: as iterations → ∞, error of the objective O(1/iterations²) with exact proximal maps.
     Source: Beck, Teboulle 2009, doi 10.1137/080716542 and 10.1109/TIP.2009.2028250.
     """
     checked(sinogram, iterations, box)
     _weighed(weight)
     x = _start(projector, sinogram, start)
-    curvature = MARGIN * largest_eigenvalue(projector, _one(x))
+    trust = _trust(sinogram, precision)
+    curvature = MARGIN * largest_eigenvalue(projector, _one(x)) * float(trust.max())
     z, t = x, 1.0
     dual = x.new_zeros(*x.shape[:-2], 2, *x.shape[-2:])
     for step in range(1, iterations + 1):
-        descended = z - projector.A_adjoint(projector.A(z) - sinogram) / curvature
+        descended = z - projector.A_adjoint(trust * (projector.A(z) - sinogram)) / curvature
         before = x
         x, dual = _near(descended, weight / curvature, dual, inner, isotropic, box)
         t, last = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
@@ -144,6 +148,7 @@ def pdhg_tv(
     iterations: int = 400,
     *,
     ratio: float = 10.0,
+    precision: Float[Tensor, "..."] | None = None,
     isotropic: bool = True,
     box: Box = UNIT,
     start: Float[Tensor, "*batch n n"] | None = None,
@@ -151,13 +156,13 @@ def pdhg_tv(
 ) -> Float[Tensor, "*batch n n"]:
     """Reconstruct with little total variation by the primal–dual hybrid gradient method.
 
-        min ½ ‖A x − y‖² + λ TV(x) over the box,  K = (A/‖A‖, ∇/√8),  τ = r/‖K‖,  σ = 1/(r ‖K‖)
-        (p, q) ← prox_σ((p, q) + σ K x̄),  x⁺ = P(x − τ Kᵀ(p, q)),  x̄ = 2 x⁺ − x
+        min ½ Σ p (A x − y)² + λ TV(x) over the box,  K = (A/‖A‖, ∇/√8),  τ = c/‖K‖,  σ = 1/(c ‖K‖)
+        (r, q) ← prox_σ((r, q) + σ K x̄),  x⁺ = P(x − τ Kᵀ(r, q)),  x̄ = 2 x⁺ − x
 
-    No inner problem is solved. Both halves of K are scaled to norm 1, so `ratio` r alone shares out the steps
+    No inner problem is solved. Both halves of K are scaled to norm 1, so `ratio` c alone shares out the steps
     between image and residuals; about 10 is good for images of order 1 and noise of a hundredth.
 
-    Shapes: (*batch, views, detectors) -> (*batch, n, n).
+    Shapes: (*batch, views, detectors) -> (*batch, n, n); precision p broadcasts to the sinogram.
     Raises: InputError for a ratio that is not above 0 and as `fista_tv`.
     Holds: as iterations → ∞, ergodic primal–dual gap O(1/iterations).
     Source: Chambolle, Pock 2011, doi 10.1007/s10851-010-0251-1; Sidky, Jørgensen, Pan 2012,
@@ -171,12 +176,14 @@ def pdhg_tv(
     norm, slope = math.sqrt(MARGIN * largest_eigenvalue(projector, _one(x))), 1 / math.sqrt(GRADIENT)
     tau, sigma = ratio / math.sqrt(2), 1 / (ratio * math.sqrt(2))
     bound = weight / norm**2 / slope
-    p, q = torch.zeros_like(sinogram), x.new_zeros(*x.shape[:-2], 2, *x.shape[-2:])
+    trust = _trust(sinogram, precision)
+    shrunk = trust / (trust + sigma)
+    r, q = torch.zeros_like(sinogram), x.new_zeros(*x.shape[:-2], 2, *x.shape[-2:])
     data, ahead = sinogram / norm, x
     for step in range(1, iterations + 1):
-        p = (p + sigma * (projector.A(ahead) / norm - data)) / (1 + sigma)
+        r = (r + sigma * (projector.A(ahead) / norm - data)) * shrunk
         q = _bounded(q + (sigma * slope) * gradient(ahead), bound, isotropic)
-        descended = projector.A_adjoint(p) / norm + slope * gradient_adjoint(q)
+        descended = projector.A_adjoint(r) / norm + slope * gradient_adjoint(q)
         x, before = clamped(x - tau * descended, box), x
         ahead = 2 * x - before
         if callback is not None and callback(step, x):
@@ -218,6 +225,20 @@ def _start(projector: LinearMap, sinogram: Tensor, start: Tensor | None) -> Tens
 
 def _one(images: Tensor) -> Tensor:
     return images[(0,) * (images.ndim - 2)]
+
+
+def _trust(sinogram: Tensor, precision: Tensor | None) -> Tensor:
+    """Return the precision of rays, 1 where none is given."""
+    if precision is None:
+        return sinogram.new_ones(())
+    found = precision.to(sinogram)
+    with suppress(RuntimeError):
+        if found.expand_as(sinogram).min() >= 0 and 0 < found.max() < math.inf:
+            return found
+    raise InputError(
+        f"the precision of rays has to be at least 0, finite, somewhere above 0, and of "
+        f"{tuple(sinogram.shape)} or what broadcasts to it; its shape is {tuple(found.shape)}"
+    )
 
 
 def _weighed(weight: float) -> None:

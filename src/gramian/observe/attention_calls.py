@@ -114,8 +114,10 @@ class AttentionCalls(TorchFunctionMode):
         """Run the function as it is, then read it if it is attention."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        reader = _READERS.get(func) if self.modules and self.site not in self.apart else None
-        if reader is not None and torch._C._current_graph_task_id() == -1:  # checkpointing runs parts again
+        reader = _READERS.get(func)
+        if reader is None or not self.modules or self.site in self.apart:
+            return result
+        if torch._C._current_graph_task_id() == -1:  # checkpointing runs parts again
             with torch.no_grad(), torch.autocast(_device_type(args), enabled=False):
                 reader(self, result, *args, **kwargs)
         return result

@@ -1,6 +1,6 @@
 """The views of a scan: those that an image is fitted to, and those that are kept from it to judge it by."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,11 +83,13 @@ class Observed:
             unseen_views=(),
         )
 
-    def left_out(self) -> Iterator[tuple[tuple[int, ...], Rays]]:
-        """Yield sets that share out all views, the unseen ones first, and the rays of the others."""
-        count = len(self.all.sinogram)
-        for fold in folds(count, self.unseen_views):
-            yield fold, self.all.of_views([view for view in range(count) if view not in fold])
+    def left_out(self) -> Bool[Tensor, "sets views"]:
+        """Return which views are in which of the sets that share out all of them, the unseen ones first."""
+        sets = folds(len(self.all.sinogram), self.unseen_views)
+        found = torch.zeros(len(sets), len(self.all.sinogram), dtype=torch.bool, device=self.device)
+        for row, views in zip(found, sets, strict=True):
+            row[list(views)] = True
+        return found
 
     def coarse(self, block: int, cache: Path | None = None) -> Rays:
         """Return the kept views as rays through an image of larger pixels."""
