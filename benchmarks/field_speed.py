@@ -57,7 +57,7 @@ def ways(size: int, observed: Observed) -> dict[str, Callable[[], None]]:
 
     def plain() -> Field:
         grid = Plain(network.levels, network.features, network.entries, coarsest=8, finest=size, seed=0)
-        return Field(grid, network.width, network.depth, dropout=network.dropout, seed=0)
+        return Field(grid, network.width, network.layers, dropout=network.dropout, seed=0)
 
     published = Network(encoding="fourier", width=280, depth=5).build(size, 0, dropout=True)
     alone = [step(Picture(field(seed), size, mask=inside), rays) for seed in range(5)]
