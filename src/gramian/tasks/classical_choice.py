@@ -80,6 +80,11 @@ class LeftOut:
     """That it took."""
 
 
+def together(size: int) -> int:
+    """Return how many images of a side are reconstructed together."""
+    return max(1, TOGETHER // size**2)
+
+
 def leave_out(
     observed: Observed, name: str = "fista_tv", progress: Callable[[int], None] | None = None
 ) -> LeftOut | None:
@@ -105,8 +110,7 @@ def leave_out(
     if observed.unseen is None:
         return None
     began, rays = time.perf_counter(), observed.all
-    together = max(1, TOGETHER // observed.size**2)
-    parts = observed.left_out()[..., None].split(together)
+    parts = observed.left_out()[..., None].split(together(observed.size))
     variance, images, done = float(rays.std.square().mean()), dict[int, Tensor](), 0
 
     def residuals(nats: float) -> Tensor:
