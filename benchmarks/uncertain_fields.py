@@ -80,6 +80,21 @@ def lines(rows: list[Row]) -> Iterator[str]:
         yield f"| {name} | " + " | ".join([*cells, f"{mean(r.seconds for r in own):.0f}"]) + " |"
 
 
+def one_by_one(rows: list[Row]) -> Iterator[str]:
+    """Yield a table with a column for every scan and seed."""
+    names, places = dict.fromkeys(r.name for r in rows), dict.fromkeys((r.scan, r.seed) for r in rows)
+    yield "| method | " + " | ".join(f"{scan.split(',')[0]}, {seed}" for scan, seed in places) + " |"
+    yield "|" + (1 + len(places)) * "---|"
+    for name in names:
+        own = {(r.scan, r.seed): r for r in rows if r.name == name}
+        cells = [_cell(own[place]) if place in own else "" for place in places]
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def _cell(row: Row) -> str:
+    return f"{row.psnr:.2f}" + (f" ({row.scaled.error:.3f})" if row.scaled else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -134,7 +149,8 @@ def main() -> None:
         "",
     ]
     theme = f"uncertain_fields-{given.size}-{given.views}-views"
-    write_results(theme, [*head, *lines(rows)], {})
+    singly = ["", "PSNR (dB) by slice and seed, with the honest error once samples are spread:", ""]
+    write_results(theme, [*head, *lines(rows), *singly, *one_by_one(rows)], {})
 
 
 if __name__ == "__main__":

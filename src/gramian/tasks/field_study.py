@@ -111,12 +111,12 @@ def study(scans: Sequence[Scan], config: FieldStudy, folder: Path, console: Cons
 def _without_draws(observed: Observed, left: LeftOut, config: FieldStudy, folder: Path) -> Iterator[Row]:
     for name in config.classical:
         found = reconstruct(name, observed, left)
-        yield _of_image(name, found.image, observed, found.seconds)
+        yield _of_image(name, found.image, observed, config.seeds[0], found.seconds)
     settings = replace(config.fit, steps=PIXEL_STEPS * config.fit.steps, seed=config.seeds[0])
     job = Job(pixels=True, fit=settings).weighed(left.variation)
     judged, grid = _fitted(job, observed, folder / "pixels", Console(quiet=True))
     seconds = judged.seconds + grid.seconds
-    yield _of_image("pixels + TV", grid.members(1)[0].detach(), observed, seconds)
+    yield _of_image("pixels + TV", grid.members(1)[0].detach(), observed, config.seeds[0], seconds)
 
 
 def _fields(observed: Observed, left: LeftOut, seed: int, config: FieldStudy, folder: Path) -> Iterator[Row]:
@@ -133,7 +133,7 @@ def _fields(observed: Observed, left: LeftOut, seed: int, config: FieldStudy, fo
             if config.ensembles:
                 yield _drawn(f"{count} fields, dropout", "dropout_ensemble", fits, observed, seconds, config)
             continue
-        yield _of_image("field", alone[1].members(1)[0].detach(), observed, seconds / count)
+        yield _of_image("field", alone[1].members(1)[0].detach(), observed, seed, seconds / count)
         if config.ensembles:
             yield _drawn(f"{count} fields", "ensemble", fits, observed, seconds, config)
         for name in config.around:
@@ -154,10 +154,10 @@ def first(fitted: Fitted, observed: Observed) -> Fitted:
     return replace(fitted, members=alone.to(observed.device).eval(), job=job)
 
 
-def _of_image(name: str, image: Tensor, observed: Observed, seconds: float) -> Row:
+def _of_image(name: str, image: Tensor, observed: Observed, seed: int, seconds: float) -> Row:
     scan = observed.scan
     scores = image_scores(image.cpu(), _truth(scan))
-    return Row(name, _said(scan), 0, scores.psnr, scores.ssim, seconds)
+    return Row(name, _said(scan), seed, scores.psnr, scores.ssim, seconds)
 
 
 def _drawn(
