@@ -112,15 +112,16 @@ def test_a_tiny_run_ends_and_makes_no_fit_again(tmp_path: Path, monkeypatch) -> 
         classical=("fbp", "fista_tv"),
         seeds=(2, 5),
     )
-    config = Config(scans=(Source(scan="ellipses", size=16, views=20),), study=study, runs=tmp_path)
+    scans = tuple(Source(scan=name, size=16, views=20) for name in ("ellipses", "phantom"))
+    config = Config(scans=scans, study=study, runs=tmp_path)
     result = run(config, QUIET)
     assert len(check(result)) == 3 + 4
     assert len({r.name for r in result.rows}) == 2 + 3 + 2 + 2
     fits = sorted(tmp_path.rglob("best.safetensors"))
-    assert len(fits) == (1 + 2 * 2) * 2
+    assert len(fits) == 2 * (1 + 2 * 2) * 2
     first = {"fbp", "fista_tv", PIXELS}
     for name in {r.name for r in result.rows}:
-        assert [r.seed for r in result.of(name)] == ([2] if name in first else [2, 5])
+        assert [r.seed for r in result.of(name)] == 2 * ([2] if name in first else [2, 5])
     before = [path.stat().st_mtime_ns for path in fits]
     again = run(config, QUIET)
     assert [r.psnr for r in again.rows] == [r.psnr for r in result.rows]
